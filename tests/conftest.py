@@ -1,0 +1,67 @@
+"""O que os testes dividem: o programa executado como um usuário o executa, e modelos minúsculos para ele."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+
+RAIZ = Path(__file__).parent.parent
+sys.path.insert(0, str(RAIZ))
+PROGRAMA = RAIZ / "fine_tuning_saude.py"
+DADOS = RAIZ / "perguntas_respostas_APS_2000.jsonl"
+# poucas linhas, taxa alta e várias passagens: o adaptador de um modelo minúsculo muda o bastante para ser visto
+OPCOES_RAPIDAS = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-epochs", "2", "--max-exemplos", "24"]
+OPCOES_RAPIDAS += ["--fracao-validacao", "0.2", "--max-new-tokens", "8", "--gradient-accumulation-steps", "2"]
+
+
+def executar(*opcoes: object, pasta: Path = RAIZ, **ambiente: str) -> subprocess.CompletedProcess[str]:
+    """Executa o programa em `pasta`, com o llama.cpp do projeto, e devolve código de saída e o que ele disse."""
+    comando = [sys.executable, str(PROGRAMA), "--dir-llama-cpp", str(RAIZ / "llama.cpp"), *map(str, opcoes)]
+    return subprocess.run(
+        comando, cwd=pasta, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **ambiente}
+    )
+
+
+def executar_ate_o_fim(*opcoes: object) -> dict:
+    """Executa o programa, exige que termine bem e devolve o registro que ele escreveu."""
+    feito = executar(*opcoes)
+    assert feito.returncode == 0, f"{feito.stdout}\n{feito.stderr}"
+    saida = Path(opcoes[opcoes.index("--dir-saida") + 1])
+    return json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def vocabulario_phi3(pytestconfig: pytest.Config) -> Path:
+    """O vocabulário real do Phi-3, do mesmo sdist fixado de onde o programa tira o conversor."""
+    import fine_tuning_saude as ft
+
+    arquivo = pytestconfig.cache.mkdir("vocabularios") / "ggml-vocab-phi-3.gguf"
+    if not arquivo.is_file():
+        with tempfile.TemporaryDirectory() as temporaria:
+            requisito = f"llama-cpp-python=={ft.VERSAO_LLAMA_CPP_PYTHON}"
+            sdist = ft.baixar_pacote(requisito, ft.SHA256_LLAMA_CPP_PYTHON, Path(temporaria), "--no-binary")
+            with tarfile.open(sdist) as tar:
+                (membro,) = (m for m in tar if m.name.endswith("models/ggml-vocab-phi-3.gguf"))
+                arquivo.write_bytes(tar.extractfile(membro).read())
+    return arquivo
+
+
+@pytest.fixture(scope="session")
+def phi3(tmp_path_factory: pytest.TempPathFactory, vocabulario_phi3: Path) -> Path:
+    """Um Phi-3 completo de 2 camadas, numa pasta cujo nome não diz que é um Phi-3."""
+    from modelos import construir_phi3
+
+    return construir_phi3(tmp_path_factory.mktemp("base") / "minusculo", vocabulario_phi3)
+
+
+@pytest.fixture(scope="session")
+def execucao_phi3(tmp_path_factory: pytest.TempPathFactory, phi3: Path) -> tuple[Path, dict]:
+    """As nove etapas sobre o Phi-3 minúsculo: a pasta de saída e o registro."""
+    saida = tmp_path_factory.mktemp("execucao") / "saída com espaço"
+    registro = executar_ate_o_fim("--modelo-base", phi3, "--dir-saida", saida, *OPCOES_RAPIDAS)
+    return saida, registro

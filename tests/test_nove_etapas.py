@@ -1,0 +1,264 @@
+"""As nove etapas sobre um Phi-3 minúsculo de vocabulário real, e o que elas deixaram no disco."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import DADOS, OPCOES_RAPIDAS, RAIZ, executar
+
+import fine_tuning_saude as ft
+
+PERGUNTA, RESPOSTA = "O que é a APS?", "É a porta de entrada do SUS."
+
+
+@pytest.fixture(scope="module")
+def tokenizer(phi3: Path):  # noqa: ANN201
+    """O tokenizer como o programa o deixa na etapa 3."""
+    return ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"))[0]
+
+
+def logits(modelo, ids: list[int]):  # noqa: ANN001, ANN201
+    """Logits de uma sequência, em fp32: (posições, vocabulário)."""
+    import torch
+
+    with torch.no_grad():
+        return modelo.eval()(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def test_o_registro_traz_nove_etapas_constantes_versoes_e_somas_dos_arquivos(execucao_phi3: tuple[Path, dict]) -> None:
+    saida, registro = execucao_phi3
+    assert registro["situacao"] == "concluída"
+    assert list(registro["etapas"]) == list("123456789")
+    assert all(e["nome"] and e["segundos"] >= 0 for e in registro["etapas"].values())
+    assert registro["constantes"]["LORA_R"] == ft.LORA_R and registro["constantes"]["LEARNING_RATE"] == 0.01
+    assert registro["versoes"]["torch"] and registro["versoes"]["llama-cpp-python"]
+    assert registro["sha256_dados"] == hashlib.sha256(DADOS.read_bytes()).hexdigest()
+    assert [a["arquivo"] for a in registro["gguf"]] == ["novo_modelo.gguf", "novo_modelo-q4_k_m.gguf"]
+    for arquivo in registro["gguf"]:
+        conteudo = (saida / arquivo["arquivo"]).read_bytes()
+        assert hashlib.sha256(conteudo).hexdigest() == arquivo["sha256"]
+        assert arquivo["resposta"].strip()
+    assert registro["perda_validacao"]["depois"] < registro["perda_validacao"]["antes"]
+    assert "passo" in (saida / "execucao.log").read_text(encoding="utf-8")
+    assert list((saida / "checkpoints").glob("checkpoint-*/adapter_model.safetensors"))
+
+
+def test_so_ficam_na_saida_os_arquivos_prometidos(execucao_phi3: tuple[Path, dict]) -> None:
+    nomes = {a.name for a in execucao_phi3[0].iterdir()}
+    assert nomes == {
+        *("adaptador_lora", "checkpoints", "modelo_final", "novo_modelo.gguf", "novo_modelo-q4_k_m.gguf"),
+        *("Modelfile", "execucao.json", "execucao.log"),
+    }
+
+
+def test_o_modelo_final_e_a_base_mais_o_adaptador(execucao_phi3: tuple[Path, dict], phi3: Path, tokenizer) -> None:  # noqa: ANN001
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    saida, _ = execucao_phi3
+    ids = tokenizer(ft.texto_do_prompt(tokenizer, PERGUNTA), add_special_tokens=False)["input_ids"]
+    carregar = AutoModelForCausalLM.from_pretrained
+    base = logits(carregar(phi3, dtype=torch.float32), ids)
+    com_adaptador = PeftModel.from_pretrained(carregar(phi3, dtype=torch.float32), saida / "adaptador_lora")
+    assert [m.r["default"] for m in com_adaptador.modules() if hasattr(m, "lora_A")] == [ft.LORA_R] * 8
+    esperado = logits(com_adaptador, ids)
+    final = logits(carregar(saida / "modelo_final", dtype=torch.float32), ids)
+    efeito = (esperado - base).abs().mean()
+    assert efeito > 0.01, "o treino não mudou o modelo, e o teste não provaria nada"
+    # o que sobra de diferença é o arredondamento do modelo final em bf16
+    assert (final - esperado).abs().mean() < 0.1 * efeito
+    assert all(f.stat().st_size <= 2e9 for f in (saida / "modelo_final").glob("*.safetensors"))
+
+
+def test_o_modelo_final_traz_tokenizer_template_e_parada(execucao_phi3: tuple[Path, dict], phi3: Path) -> None:
+    final = execucao_phi3[0] / "modelo_final"
+    assert (final / "tokenizer.model").read_bytes() == (phi3 / "tokenizer.model").read_bytes()
+    assert (final / "chat_template.jinja").read_text() == (phi3 / "chat_template.jinja").read_text()
+    geracao = json.loads((final / "generation_config.json").read_text())
+    assert geracao["eos_token_id"] == [32000, 32001, 32007]
+
+
+@pytest.mark.parametrize("arquivo", ["novo_modelo.gguf", "novo_modelo-q4_k_m.gguf"])
+def test_o_gguf_tem_o_eos_a_parada_o_template_e_os_ids_do_treino(
+    arquivo: str,
+    execucao_phi3: tuple[Path, dict],
+    tokenizer,  # noqa: ANN001
+) -> None:
+    import llama_cpp
+
+    modelo = llama_cpp.Llama(str(execucao_phi3[0] / arquivo), n_ctx=256, verbose=False)
+    assert modelo.token_eos() == 32000
+    assert modelo.metadata["tokenizer.ggml.eot_token_id"] == "32007"
+    vocabulario = llama_cpp.llama_model_get_vocab(modelo._model.model)
+    assert llama_cpp.llama_vocab_is_eog(vocabulario, 32007)
+    assert modelo.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+    for linha in DADOS.read_text(encoding="utf-8").splitlines()[:40]:
+        prompt = ft.texto_do_prompt(tokenizer, json.loads(linha)["input"])
+        esperado = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        # add_bos=True é o que os servidores pedem; quem decide é o metadado do arquivo
+        assert modelo.tokenize(prompt.encode(), add_bos=True, special=True) == esperado
+    modelo.close()
+
+
+def test_o_texto_treinado_e_o_do_chat_template_e_so_a_resposta_tem_rotulo(tokenizer) -> None:  # noqa: ANN001
+    fim = ft.achar_fim_de_turno(tokenizer)
+    assert fim == "<|end|>"
+    prompt = ft.texto_do_prompt(tokenizer, PERGUNTA)
+    assert prompt + RESPOSTA + fim == f"<|user|>\n{PERGUNTA}<|end|>\n<|assistant|>\n{RESPOSTA}<|end|>"
+    exemplo = ft.codificar(tokenizer, fim, ft.Par(1, PERGUNTA, RESPOSTA))
+    rotulados = [i for i in exemplo["labels"] if i != ft.IGNORADO]
+    assert tokenizer.decode(rotulados) == f"{RESPOSTA}<|end|>"
+    assert rotulados[-1] == 32007 and exemplo["input_ids"].count(32007) == 2
+    assert exemplo["input_ids"][-len(rotulados) :] == rotulados
+    assert len(exemplo["labels"]) == len(exemplo["input_ids"])
+
+
+def test_o_preenchimento_vai_a_direita_e_nunca_entra_nos_rotulos(tokenizer) -> None:  # noqa: ANN001
+    from transformers import DataCollatorForSeq2Seq
+
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, 32007, None)
+    pares = [ft.Par(1, PERGUNTA, RESPOSTA), ft.Par(2, PERGUNTA, RESPOSTA * 4)]
+    exemplos = [ft.codificar(tokenizer, "<|end|>", par) for par in pares]
+    lote = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=ft.IGNORADO)(exemplos)
+    preenchido = lote["input_ids"] == tokenizer.pad_token_id
+    assert preenchido[0, -1] and not preenchido[0, 0] and not preenchido[1].any()
+    assert (lote["labels"][preenchido] == ft.IGNORADO).all()
+    assert (lote["labels"] == 32007).sum() == 2, "o fim de turno das duas respostas é treinado"
+
+
+def test_avaliar_no_meio_do_treino_nao_muda_os_gradientes(phi3: Path) -> None:
+    import torch
+
+    cfg = ft.ler_opcoes(["--lora-dropout", "0"])
+    tokenizer, base = ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"))
+    modelo = ft.etapa_4_lora(cfg, base)
+    torch.manual_seed(0)
+    for nome, parametro in modelo.named_parameters():
+        if "lora_B" in nome:  # com B em zero, como nasce, o gradiente de A também seria zero
+            torch.nn.init.normal_(parametro, std=0.02)
+    exemplo = ft.codificar(tokenizer, "<|end|>", ft.Par(1, PERGUNTA, RESPOSTA))
+    lote = {nome: torch.tensor([ids]) for nome, ids in exemplo.items()}
+
+    def gradientes() -> dict[str, torch.Tensor]:
+        modelo.train()
+        modelo.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            modelo(**lote).loss.backward()
+        return {n: p.grad.clone() for n, p in modelo.named_parameters() if p.requires_grad}
+
+    antes = gradientes()
+    modelo.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        modelo(**lote)
+    depois = gradientes()
+    assert len(antes) == 16 and all(g.abs().max() > 0 for g in antes.values())
+    for nome, gradiente in antes.items():
+        assert torch.allclose(gradiente, depois[nome], rtol=1e-3, atol=1e-6), nome
+
+
+def test_lora_no_phi3_mini_tem_25_165_824_parametros_treinaveis() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(Phi3Config(), dtype=torch.bfloat16)
+    modelo = ft.etapa_4_lora(ft.ler_opcoes([]), base)
+    assert modelo.get_nb_trainable_parameters() == (25_165_824, 3_846_245_376)
+
+
+def test_exemplo_longo_e_erro_com_linha_e_tamanho_e_nunca_e_cortado(tmp_path: Path, phi3: Path) -> None:
+    linhas = DADOS.read_text(encoding="utf-8").splitlines()[:6]
+    linhas[3] = json.dumps({"input": "Conte tudo.", "output": "palavra " * 400})
+    (tmp_path / "dados.jsonl").write_text("\n".join(linhas), encoding="utf-8")
+    opcoes = ["--arquivo-dados", "dados.jsonl", "--modelo-base", phi3, "--treinar-na-cpu", "--max-length", "300"]
+    feito = executar(*opcoes, pasta=tmp_path)
+    assert feito.returncode == 2
+    assert re.search(r"dados\.jsonl:4: \d{3,} tokens", feito.stderr)
+    assert "[7/9]" not in feito.stdout
+
+
+def test_base_sem_tokenizer_model_e_recusada_antes_do_treino(tmp_path: Path, phi3: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(phi3, base)
+    (base / "tokenizer.model").unlink()
+    feito = executar("--modelo-base", base, "--dir-saida", tmp_path / "saida", *OPCOES_RAPIDAS)
+    assert feito.returncode == 1
+    assert "tokenizer.model" in feito.stderr and "[2/9]" not in feito.stdout
+    assert "Traceback" not in feito.stderr.split("disse:")[0]
+
+
+def test_conversor_que_falha_depois_do_treino_da_saida_diferente_de_zero(tmp_path: Path, phi3: Path) -> None:
+    pasta = tmp_path / "llama.cpp"
+    pasta.mkdir()
+    verdadeiro = RAIZ / "llama.cpp" / "convert_hf_to_gguf.py"
+    (pasta / "convert_hf_to_gguf.py").write_text(
+        "import runpy, sys\n"
+        "if '--vocab-only' not in sys.argv:\n    sys.exit('disco cheio de mentira')\n"
+        f"sys.argv[0] = {str(verdadeiro)!r}\n"
+        f"sys.path.insert(0, {str(verdadeiro.parent)!r})\n"
+        f"runpy.run_path({str(verdadeiro)!r}, run_name='__main__')\n"
+    )
+    saida = tmp_path / "saida"
+    feito = executar("--modelo-base", phi3, "--dir-saida", saida, "--dir-llama-cpp", pasta, *OPCOES_RAPIDAS)
+    assert feito.returncode == 1, feito.stdout + feito.stderr
+    assert "código 1" in feito.stderr and "disco cheio de mentira" in feito.stderr
+    assert "Concluído" not in feito.stdout
+    assert json.loads((saida / "execucao.json").read_text())["situacao"] == "falhou"
+    assert (saida / "adaptador_lora" / "adapter_model.safetensors").is_file()
+    assert not list(saida.glob("*.gguf"))
+
+
+def test_gguf_que_nao_abre_e_dito(tmp_path: Path) -> None:
+    (tmp_path / "ruim.gguf").write_bytes(b"GGUF" + b"\0" * 64)
+    with pytest.raises(ft.FalhaNaExecucao, match="não abre"):
+        ft.perguntar(tmp_path / "ruim.gguf", PERGUNTA, ft.ler_opcoes([]))
+
+
+def renderizar_modelfile(modelfile: str, conversa: list[dict[str, str]]) -> str:
+    """Renderiza o TEMPLATE do Modelfile como o Ollama: `range`, `if eq .Role`, `.Content` e a mensagem SYSTEM."""
+    template = re.search(r'TEMPLATE """(.*?)"""', modelfile, re.S)[1]
+    padrao = re.search(r'SYSTEM """(.*?)"""', modelfile, re.S)
+    if padrao and conversa[0]["role"] != "system":
+        conversa = [{"role": "system", "content": padrao[1]}, *conversa]
+    corpo = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}", template, re.S)[1]
+    ramos = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', corpo)
+    falas = dict(zip(ramos[1::2], ramos[2::2], strict=True))
+    return "".join(falas[m["role"]].replace("{{ .Content }}", m["content"]) for m in conversa)
+
+
+CONVERSAS = {
+    "uma_pergunta": ["user"],
+    "varias_falas": ["user", "assistant", "user", "assistant", "user"],
+    "com_sistema": ["system", "user"],
+    "com_sistema_e_varias_falas": ["system", "user", "assistant", "user"],
+}
+
+
+@pytest.mark.parametrize("papeis", CONVERSAS.values(), ids=CONVERSAS)
+def test_o_modelfile_escreve_a_conversa_como_o_chat_template(
+    papeis: list[str],
+    execucao_phi3: tuple[Path, dict],
+    tokenizer,  # noqa: ANN001
+) -> None:
+    modelfile = (execucao_phi3[0] / "Modelfile").read_text(encoding="utf-8")
+    conversa = [{"role": papel, "content": f"fala {i}"} for i, papel in enumerate(papeis)]
+    esperado = tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
+    assert renderizar_modelfile(modelfile, conversa) == esperado
+    assert modelfile.startswith("FROM ./novo_modelo-q4_k_m.gguf\n")
+    assert re.findall(r'PARAMETER stop "(.+)"', modelfile) == ["<|end|>", "<|endoftext|>"]
+
+
+def test_a_validacao_nao_depende_da_ordem_e_nao_divide_perguntas_nem_respostas_iguais() -> None:
+    pares = [ft.Par(i, f"pergunta {i // 2}", f"resposta {i % 37}") for i in range(200)]
+    pares += [ft.Par(200 + i, f"outra {i}", f"só minha {i}") for i in range(100)]
+    treino, validacao = ft.separar_validacao(pares, 0.2, 42)
+    outra_ordem = ft.separar_validacao(pares[::-1], 0.2, 42)
+    assert sorted(validacao) == sorted(outra_ordem[1]) and treino and validacao
+    assert len(treino) + len(validacao) == 300
+    for campo in (1, 2):
+        assert not {p[campo] for p in treino} & {p[campo] for p in validacao}
+    assert sorted(ft.separar_validacao(pares, 0.2, 43)[1]) != sorted(validacao)
