@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import contextlib
 import functools
 import gc
@@ -33,8 +34,10 @@ import sys
 import tarfile
 import tempfile
 import time
+import unicodedata
 import warnings
 import zipfile
+from array import array
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib import metadata
@@ -57,7 +60,10 @@ DIR_SAIDA = "saida"  # tudo o que uma execução escreve
 DIR_LLAMA_CPP = "llama.cpp"  # clone seu do llama.cpp ou, se não existir, preenchida pelo programa
 
 # dados
-MAX_LENGTH = 1024  # tokens por exemplo, pergunta e resposta; exemplo maior é erro, nunca é cortado
+MAX_LENGTH = 1024  # tokens por exemplo, pergunta e resposta; um exemplo nunca é cortado
+DESCARTAR_LONGOS = False  # exemplo maior que MAX_LENGTH: False é erro; True deixa de fora e conta
+ACEITAR_REPETIDOS = False  # treina mesmo que menos da metade das linhas seja distinta
+ACEITAR_DADOS_PESSOAIS = False  # treina mesmo com CPF, CNS, telefone ou e-mail nos textos (LGPD)
 MAX_EXEMPLOS = 0  # usa só tantos exemplos, sorteados; 0: todos
 FRACAO_VALIDACAO = 0.05  # parte dos exemplos que nunca é treinada e mede o resultado
 
@@ -111,8 +117,10 @@ TROCAS_DEMO = {
 
 IGNORADO = -100  # rótulo que a perda do PyTorch pula
 MAX_PROBLEMAS = 20  # problemas dos dados mostrados de uma vez
+PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de caracteres
+EXATO_ATE = 10_000  # textos; acima disso os candidatos a parecidos vêm de MinHash
 PACOTES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece", "gguf"]
-PACOTES += ["llama-cpp-python"]
+PACOTES += ["llama-cpp-python", "rensa", "validate-docbr", "phonenumbers"]
 log = logging.getLogger("fine_tuning_saude")
 
 
@@ -130,6 +138,7 @@ class Par(NamedTuple):
     linha: int
     pergunta: str
     resposta: str
+    tema: str = ""
 
 
 # ---------------------------------------------------------------- configuração e registro
@@ -333,25 +342,68 @@ def escolher_dispositivo(cfg: argparse.Namespace) -> str:
 # ---------------------------------------------------------------- dados e tokens
 
 
-def ler_dados(arquivo: Path) -> list[Par]:
-    """Lê o JSONL numa passagem; linha em branco é pulada e todas as linhas com problema são listadas de uma vez."""
+def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
+    """Lê o JSONL numa passagem e devolve os pares distintos e o número de linhas lidas.
+
+    Linha em branco é pulada, par repetido conta uma vez. Tudo o que há de errado é listado de uma vez, com a linha:
+    o que não se lê, a mesma pergunta com outra resposta, dados pessoais; e o arquivo que é quase todo repetição.
+    """
+    arquivo = Path(cfg.ARQUIVO_DADOS)
     if not arquivo.is_file():
         raise ErroDeUso(f"o arquivo de dados {arquivo} não existe: corrija ARQUIVO_DADOS ou use --arquivo-dados.")
-    pares, problemas = [], []
+    vistos: dict[str, tuple[Par, str]] = {}
+    problemas, lidas = [], 0
     with arquivo.open("rb") as f:
         for numero, linha in enumerate(f, 1):
-            if linha := linha.removeprefix(b"\xef\xbb\xbf").strip():
-                try:
-                    pares.append(ler_par(numero, linha))
-                except ValueError as problema:
-                    problemas.append(f"{arquivo}:{numero}: {problema}")
+            if not (linha := linha.removeprefix(b"\xef\xbb\xbf").strip()):
+                continue
+            lidas += 1
+            try:
+                par = ler_par(numero, linha)
+                if not cfg.ACEITAR_DADOS_PESSOAIS and (achado := achar_dado_pessoal(f"{par.pergunta}\n{par.resposta}")):
+                    raise ValueError(f"parece conter {achado} (LGPD); retire, ou use --aceitar-dados-pessoais")
+                resposta = normalizar(par.resposta)
+                primeiro, dada = vistos.setdefault(normalizar(par.pergunta), (par, resposta))
+                if dada != resposta:
+                    raise ValueError(f"a pergunta é a mesma da linha {primeiro.linha}, com outra resposta")
+            except ValueError as problema:
+                problemas.append(f"{arquivo}:{numero}: {problema}")
     if problemas:
         listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", problemas)
-    if len(pares) < 2:
+    if len(vistos) < 2:
+        raise ErroDeUso(f"{arquivo}:1: há {len(vistos)} exemplo(s) distinto(s), e é preciso ao menos dois.")
+    respostas = len({resposta for _, resposta in vistos.values()})
+    if 2 * min(len(vistos), respostas) < lidas and not cfg.ACEITAR_REPETIDOS:
         raise ErroDeUso(
-            f"{arquivo}:1: há {len(pares)} exemplo(s), e é preciso ao menos um de treino e um de validação."
+            f"{arquivo}: {lidas} linhas → {len(vistos)} pares distintos, {respostas} respostas distintas: o modelo só "
+            "decoraria, e a validação não provaria nada. Traga mais exemplos, ou use --aceitar-repetidos."
         )
-    return pares
+    return [par for par, _ in vistos.values()], lidas
+
+
+def normalizar(texto: str) -> str:
+    """Tira do texto o que não distingue um do outro: forma Unicode, maiúsculas, pontuação e espaços."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", texto).casefold()))
+
+
+def achar_dado_pessoal(texto: str) -> str | None:
+    """Nome do primeiro dado pessoal achado no texto, sem repeti-lo; números de serviços (136, 0800) não contam."""
+    if re.search(r"[\w.+-]+@[\w-]+\.\w", texto):
+        return "um e-mail"
+    for trecho in re.findall(r"\d[\d .()/-]{6,}\d", texto):
+        import phonenumbers
+        from validate_docbr import CNS, CPF
+
+        digitos = re.sub(r"\D", "", trecho)
+        if re.fullmatch(r"\d{3}\.?\d{3}\.?\d{3}[-/ ]?\d{2}", trecho) and CPF().validate(digitos):
+            return "um CPF"
+        if len(digitos) == 15 and CNS().validate(digitos):
+            return "um CNS"
+        gratuitos = (phonenumbers.PhoneNumberType.TOLL_FREE, phonenumbers.PhoneNumberType.SHARED_COST)
+        for achado in phonenumbers.PhoneNumberMatcher(f"({trecho}" if ")" in trecho else trecho, "BR"):
+            if phonenumbers.number_type(achado.number) not in gratuitos:
+                return "um telefone"
+    return None
 
 
 def listar_problemas(titulo: str, problemas: list[str]) -> NoReturn:
@@ -380,26 +432,83 @@ def ler_par(numero: int, linha: bytes) -> Par:
         if any("\ud800" <= letra <= "\udfff" for letra in texto):
             raise ValueError(f'"{chave}" tem um caractere Unicode inválido (metade de um par \\ud83d…)')
         textos.append(texto.strip())
-    return Par(numero, *textos)
+    return Par(numero, *textos, tema=str(objeto.get("tema", "")))
 
 
-def separar_validacao(pares: list[Par], fracao: float, seed: int) -> tuple[list[Par], list[Par]]:
-    """Separa (treino, validação) pela semente e pelo conteúdo, não pela ordem das linhas.
+@functools.lru_cache(maxsize=10_000)
+def gramas(texto: str) -> frozenset[str]:
+    """Conjunto dos 5-gramas de caracteres do texto."""
+    return frozenset(texto[i : i + 5] for i in range(max(1, len(texto) - 4)))
 
-    Pares de mesma pergunta ou mesma resposta ficam sempre do mesmo lado.
-    """
-    grupo: dict[str, str] = {}
-    for par in sorted(pares, key=lambda p: p[1:]):
-        chaves = (f"p:{par.pergunta.casefold()}", f"r:{par.resposta.casefold()}")
-        lider = next((grupo[c] for c in chaves if c in grupo), chaves[0])
-        grupo |= dict.fromkeys(chaves, lider)
-    lideres = sorted({*grupo.values()})
-    random.Random(seed).shuffle(lideres)
-    reservados = set(lideres[: max(1, round(fracao * len(lideres)))])
-    lados: tuple[list[Par], list[Par]] = ([], [])
-    for par in pares:
-        lados[grupo[f"p:{par.pergunta.casefold()}"] in reservados].append(par)
-    return lados
+
+def candidatos_exatos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
+    """Todos os (j, i) com Jaccard ≥ `limite`, contando num índice de gramas quantos cada par divide."""
+    import numpy as np
+
+    onde: dict[str, array] = collections.defaultdict(lambda: array("i"))  # em que textos está cada grama
+    tamanhos = np.array([len(gramas(texto)) for texto in textos])
+    for i, texto in enumerate(textos):
+        meus = gramas(texto)
+        vizinhos = [np.frombuffer(onde[grama], dtype=np.int32) for grama in meus if grama in onde]
+        comuns = np.bincount(np.concatenate(vizinhos), minlength=i) if vizinhos else np.zeros(i)
+        yield from ((int(j), i) for j in np.flatnonzero(comuns >= limite * (tamanhos[:i] + len(meus) - comuns)))
+        del vizinhos  # enquanto existem, os índices não podem crescer
+        for grama in meus:
+            onde[grama].append(i)
+
+
+def candidatos_minhash(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
+    """Quase todos os (j, i) com Jaccard ≥ `limite`, em tempo proporcional ao número de textos."""
+    from rensa import RMinHash, RMinHashLSH
+
+    lsh = RMinHashLSH(threshold=limite, num_perm=128, num_bands=32)
+    for i, texto in enumerate(textos):
+        assinatura = RMinHash(num_perm=128, seed=0)
+        assinatura.update(list(gramas(texto)))
+        yield from ((j, i) for j in lsh.query(assinatura))
+        lsh.insert(i, assinatura)
+
+
+def achar_parecidos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
+    """Índices (j, i) dos textos cujos 5-gramas têm Jaccard ≥ `limite`; exata até EXATO_ATE textos."""
+    candidatos = candidatos_exatos if len(textos) <= EXATO_ATE else candidatos_minhash
+    normalizados = [normalizar(texto) for texto in textos]
+    for j, i in candidatos(normalizados, limite):
+        a, b = gramas(normalizados[i]), gramas(normalizados[j])
+        if len(a & b) >= limite * len(a | b):
+            yield j, i
+
+
+def agrupar_parecidos(pares: list[Par]) -> tuple[list[list[Par]], int]:
+    """Junta os pares de pergunta ou resposta parecida, também por intermédio de outros; devolve grupos e ligações."""
+    pares = sorted(pares, key=lambda par: par[1:3])
+    lider = list(range(len(pares)))
+
+    def raiz(i: int) -> int:
+        while lider[i] != i:
+            lider[i] = i = lider[lider[i]]
+        return i
+
+    perguntas = achar_parecidos([par.pergunta for par in pares], PERGUNTAS_PARECIDAS)
+    respostas = achar_parecidos([par.resposta for par in pares], RESPOSTAS_PARECIDAS)
+    ligacoes = {*perguntas, *respostas}
+    for j, i in ligacoes:
+        lider[raiz(i)] = raiz(j)
+    grupos: dict[int, list[Par]] = collections.defaultdict(list)
+    for i, par in enumerate(pares):
+        grupos[raiz(i)].append(par)
+    return list(grupos.values()), len(ligacoes)
+
+
+def separar_validacao(grupos: list[list[Par]], fracao: float, seed: int) -> tuple[list[Par], list[Par]]:
+    """Separa (treino, validação) por grupo inteiro, pela semente e pelo conteúdo, não pela ordem das linhas."""
+    quota = max(1, round(fracao * sum(map(len, grupos))))
+    sorteados = random.Random(seed).sample(grupos, len(grupos))
+    treino: list[Par] = []
+    validacao: list[Par] = []
+    for grupo in sorteados:
+        (validacao if len(validacao) + len(grupo) <= quota else treino).extend(grupo)
+    return treino, validacao
 
 
 def texto_do_prompt(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> str:
@@ -442,7 +551,7 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     """
     if faltam := [p for p in PACOTES if not importlib.util.find_spec(p.removesuffix("-python").replace("-", "_"))]:
         raise ErroDeUso(f"faltam pacotes ({', '.join(faltam)}): execute python -m pip install -r requirements.txt")
-    pares = ler_dados(Path(cfg.ARQUIVO_DADOS))
+    pares, lidas = ler_dados(cfg)
     dispositivo = escolher_dispositivo(cfg)
     from gguf import LlamaFileType
 
@@ -451,7 +560,8 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     acalmar_bibliotecas()
     Path(cfg.DIR_SAIDA).mkdir(parents=True, exist_ok=True)
     log.addHandler(logging.FileHandler(Path(cfg.DIR_SAIDA) / "execucao.log", mode="w", encoding="utf-8"))
-    log.info("      %d pares em %s; dispositivo de treino: %s", len(pares), cfg.ARQUIVO_DADOS, dispositivo)
+    log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
+    log.info("      dispositivo de treino: %s", dispositivo)
     conversor = garantir_llama_cpp(cfg)
     dir_base = localizar_modelo_base(cfg)
     # converte só o vocabulário: se o llama.cpp não aceita este modelo, é melhor saber antes do treino
@@ -538,18 +648,22 @@ def etapa_5_dados(
     from datasets import Dataset
 
     if 0 < cfg.MAX_EXEMPLOS < len(pares):
-        pares = random.Random(cfg.SEED).sample(sorted(pares, key=lambda p: p[1:]), cfg.MAX_EXEMPLOS)
-    treino, validacao = separar_validacao(pares, cfg.FRACAO_VALIDACAO, cfg.SEED)
-    if not treino:
-        raise ErroDeUso(f"{cfg.ARQUIVO_DADOS} tem poucos exemplos distintos para separar treino e validação.")
+        pares = random.Random(cfg.SEED).sample(sorted(pares, key=lambda par: par[1:3]), cfg.MAX_EXEMPLOS)
     fim = achar_fim_de_turno(tokenizer)
     codificados = {par.linha: codificar(tokenizer, fim, par) for par in pares}
     tamanhos = sorted((len(exemplo["input_ids"]), linha) for linha, exemplo in codificados.items())
-    if longos := [f"{cfg.ARQUIVO_DADOS}:{linha}: {n} tokens" for n, linha in tamanhos if n > cfg.MAX_LENGTH]:
+    longos = [f"{cfg.ARQUIVO_DADOS}:{linha}: {n} tokens" for n, linha in tamanhos if n > cfg.MAX_LENGTH]
+    if longos and not cfg.DESCARTAR_LONGOS:
         listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
-    mediana = tamanhos[len(tamanhos) // 2][0]
-    log.info("      %d exemplos de treino e %d de validação", len(treino), len(validacao))
-    log.info("      tokens por exemplo: mínimo %d, mediana %d, máximo %d", tamanhos[0][0], mediana, tamanhos[-1][0])
+    pares = [par for par in pares if len(codificados[par.linha]["input_ids"]) <= cfg.MAX_LENGTH]
+    grupos, ligacoes = agrupar_parecidos(pares)
+    treino, validacao = separar_validacao(grupos, cfg.FRACAO_VALIDACAO, cfg.SEED)
+    if not treino or not validacao:
+        raise ErroDeUso(f"{cfg.ARQUIVO_DADOS}: poucos exemplos distintos para separar treino e validação.")
+    minimo, mediana, p95, maximo = (tamanhos[int(q * (len(tamanhos) - 1))][0] for q in (0, 0.5, 0.95, 1))
+    log.info("      treino %d, validação %d, temas %d", len(treino), len(validacao), len({p.tema for p in pares}))
+    log.info("      tokens por exemplo: mínimo %d, mediana %d, p95 %d, máximo %d", minimo, mediana, p95, maximo)
+    log.info("      quase repetidos: %d; deixados de fora por longos: %d", ligacoes, len(longos))
     conjuntos = [Dataset.from_list([codificados[par.linha] for par in parte]) for parte in (treino, validacao)]
     return conjuntos[0], conjuntos[1], validacao
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import RAIZ, executar
 
 BOA = b'{"input": "O que \xc3\xa9 a APS?", "output": "\xc3\x89 a porta de entrada do SUS."}\n'
+OUTRA = b'{"input": "Quem comp\xc3\xb5e a eSF?", "output": "M\xc3\xa9dico, enfermeiro, t\xc3\xa9cnico e ACS."}\n'
 RUINS = {
     "vazio": (b"", "dados.jsonl:1: há 0 exemplo(s)"),
     "so_linhas_em_branco": (b"\n  \n", "há 0 exemplo(s)"),
@@ -55,12 +56,13 @@ def test_linhas_em_branco_e_bom_do_windows_sao_aceitos(tmp_path: Path) -> None:
     import fine_tuning_saude as ft
 
     arquivo = tmp_path / "dados.jsonl"
-    arquivo.write_bytes(b"\xef\xbb\xbf" + BOA.replace(b"\n", b"\r\n") + b"\r\n" + BOA)
-    assert [par.linha for par in ft.ler_dados(arquivo)] == [1, 3]
+    arquivo.write_bytes(b"\xef\xbb\xbf" + BOA.replace(b"\n", b"\r\n") + b"\r\n" + OUTRA)
+    pares, lidas = ft.ler_dados(ft.ler_opcoes(["--arquivo-dados", str(arquivo)]))
+    assert [par.linha for par in pares] == [1, 3] and lidas == 2
 
 
 def test_sem_cuda_e_sem_demo_o_programa_diz_as_duas_saidas(tmp_path: Path) -> None:
-    (tmp_path / "dados.jsonl").write_bytes(BOA * 2)
+    (tmp_path / "dados.jsonl").write_bytes(BOA + OUTRA)
     feito = executar("--arquivo-dados", "dados.jsonl", pasta=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert feito.returncode == 2
     assert "--demo" in feito.stderr and "--treinar-na-cpu" in feito.stderr
@@ -68,7 +70,7 @@ def test_sem_cuda_e_sem_demo_o_programa_diz_as_duas_saidas(tmp_path: Path) -> No
 
 
 def test_sem_rede_e_sem_modelo_base_o_programa_diz_o_que_falta_e_onde_por(tmp_path: Path) -> None:
-    (tmp_path / "dados.jsonl").write_bytes(BOA * 2)
+    (tmp_path / "dados.jsonl").write_bytes(BOA + OUTRA)
     sem_rede = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
     feito = executar("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", pasta=tmp_path, **sem_rede)
     assert feito.returncode == 2
@@ -77,7 +79,7 @@ def test_sem_rede_e_sem_modelo_base_o_programa_diz_o_que_falta_e_onde_por(tmp_pa
 
 
 def test_sem_rede_e_sem_conversor_o_programa_para_antes_do_treino(tmp_path: Path) -> None:
-    (tmp_path / "dados.jsonl").write_bytes(BOA * 2)
+    (tmp_path / "dados.jsonl").write_bytes(BOA + OUTRA)
     sem_rede = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
     sem_rede |= {"PIP_CONFIG_FILE": "/dev/null", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
     feito = executar(

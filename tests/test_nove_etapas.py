@@ -250,15 +250,3 @@ def test_o_modelfile_escreve_a_conversa_como_o_chat_template(
     assert renderizar_modelfile(modelfile, conversa) == esperado
     assert modelfile.startswith("FROM ./novo_modelo-q4_k_m.gguf\n")
     assert re.findall(r'PARAMETER stop "(.+)"', modelfile) == ["<|end|>", "<|endoftext|>"]
-
-
-def test_a_validacao_nao_depende_da_ordem_e_nao_divide_perguntas_nem_respostas_iguais() -> None:
-    pares = [ft.Par(i, f"pergunta {i // 2}", f"resposta {i % 37}") for i in range(200)]
-    pares += [ft.Par(200 + i, f"outra {i}", f"só minha {i}") for i in range(100)]
-    treino, validacao = ft.separar_validacao(pares, 0.2, 42)
-    outra_ordem = ft.separar_validacao(pares[::-1], 0.2, 42)
-    assert sorted(validacao) == sorted(outra_ordem[1]) and treino and validacao
-    assert len(treino) + len(validacao) == 300
-    for campo in (1, 2):
-        assert not {p[campo] for p in treino} & {p[campo] for p in validacao}
-    assert sorted(ft.separar_validacao(pares, 0.2, 43)[1]) != sorted(validacao)
