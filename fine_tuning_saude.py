@@ -14,7 +14,6 @@ Para outra execução, mude as constantes abaixo ou use a opção de mesmo nome 
 from __future__ import annotations
 
 import argparse
-import ast
 import collections
 import contextlib
 import functools
@@ -151,9 +150,10 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--demo", dest="DEMO", action="store_true", help="as nove etapas num modelo pequeno, sem GPU")
-    for nome, valor, ajuda in re.findall(r"^([A-Z][A-Z0-9_]+) = (.+?)  # (.+)$", bloco, re.M):
-        padrao = ast.literal_eval(valor)
-        forma: dict[str, Any] = {"type": type(padrao), "metavar": type(padrao).__name__.upper()}
+    for nome, ajuda in re.findall(r"^([A-Z][A-Z0-9_]+) = .+?  # (.+)$", bloco, re.M):
+        padrao = globals()[nome]
+        tipo = str if padrao is None else type(padrao)
+        forma: dict[str, Any] = {"type": tipo, "metavar": tipo.__name__.upper()}
         if isinstance(padrao, bool):
             forma = {"action": argparse.BooleanOptionalAction}
         elif isinstance(padrao, tuple):
@@ -167,6 +167,8 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     for nome in (*positivas, "PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "SAVE_STEPS"):
         if getattr(cfg, nome) <= 0:
             parser.error(f"{nome} deve ser maior que zero, e é {getattr(cfg, nome)}")
+    if not cfg.QUANTIZACOES_GGUF:
+        parser.error("QUANTIZACOES_GGUF precisa de ao menos um tipo, como q8_0")
     if not 0 < cfg.FRACAO_VALIDACAO < 1:
         parser.error(f"FRACAO_VALIDACAO deve ficar entre 0 e 1, e é {cfg.FRACAO_VALIDACAO}")
     return cfg
@@ -635,7 +637,10 @@ def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
         lora_dropout=cfg.LORA_DROPOUT,
         target_modules=alvo.split(",") if "," in alvo else alvo,
     )
-    com_lora = get_peft_model(modelo, lora)
+    try:
+        com_lora = get_peft_model(modelo, lora)
+    except ValueError as erro:
+        raise ErroDeUso(f"o PEFT recusou as constantes LORA_*: {erro}") from erro
     treinaveis, total = com_lora.get_nb_trainable_parameters()
     log.info("      %d parâmetros treináveis de %d (%.2f %%)", treinaveis, total, 100 * treinaveis / total)
     return com_lora
@@ -673,7 +678,7 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
     import torch
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    opcoes = dict(
         output_dir=str(Path(cfg.DIR_SAIDA) / "checkpoints"),
         num_train_epochs=cfg.NUM_TRAIN_EPOCHS,
         per_device_train_batch_size=cfg.PER_DEVICE_TRAIN_BATCH_SIZE,
@@ -701,6 +706,10 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
         seed=cfg.SEED,
         data_seed=cfg.SEED,
     )
+    try:
+        return TrainingArguments(**opcoes)
+    except ValueError as erro:
+        raise ErroDeUso(f"o transformers recusou um argumento de treino: {str(erro).splitlines()[0]}") from erro
 
 
 def nll_por_token(logits: Any, labels: Any) -> Any:
@@ -793,9 +802,7 @@ def etapa_9_gguf(
     """
     saida, nome, arquivos = Path(cfg.DIR_SAIDA), Path(cfg.MODELO_BASE).name, []
     f16 = saida / "novo_modelo-f16.gguf"
-    # o nome vai explícito: sem ele o conversor usa o da pasta, e o llama.cpp só trata os tokens especiais do Phi-3
-    # como o treino os tratou quando general.name contém "phi-3"
-    converter(conversor, dir_final, f16, "--outtype", "f16", "--model-name", nome)
+    converter(conversor, dir_final, f16, "--outtype", "f16")
     ajustado = ajustar_tokenizer(f16, nome, tokenizer, [par.pergunta for par in validacao])
     for tipo in map(str.lower, cfg.QUANTIZACOES_GGUF):
         arquivo = saida / ("novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf")
@@ -804,9 +811,8 @@ def etapa_9_gguf(
         tamanho = arquivo.stat().st_size
         arquivos.append({"arquivo": arquivo.name, "tipo": tipo, "bytes": tamanho, "sha256": sha256(arquivo), **dito})
         log.info("      %s, %s, %.0f MB", arquivo, tipo, tamanho / 1e6)
-        log.info(
-            "        pergunta: %s\n        resposta: %s", dito["pergunta"], " ".join(dito["resposta"].split())[:300]
-        )
+        log.info("        pergunta: %s", dito["pergunta"])
+        log.info("        resposta: %s", " ".join(dito["resposta"].split())[:300])
     ajustado.close()
     f16.unlink()
     escrever_modelfile(tokenizer, saida, arquivos[-1]["arquivo"], cfg.MAX_LENGTH)
@@ -829,8 +835,9 @@ def converter(conversor: Path, pasta: Path, destino: Path, *opcoes: str) -> None
 def ajustar_tokenizer(gguf: Path, nome: str, tokenizer: PreTrainedTokenizerBase, perguntas: list[str]) -> Llama:
     """Acha os metadados com que o llama.cpp tokeniza os prompts exatamente como o treino os tokenizou.
 
-    O certo depende dos arquivos do tokenizer de cada modelo (espaço inicial, bos, tratamento próprio do Phi-3):
-    em vez de supor, compara os ids. Devolve o vocabulário aberto com os metadados certos em `kv_overrides`.
+    O certo depende dos arquivos do tokenizer de cada modelo (espaço inicial, bos), e o llama.cpp só engole a quebra de
+    linha depois dos tokens do Phi-3 quando general.name contém "phi-3": em vez de supor, compara os ids. Devolve o
+    vocabulário aberto com os metadados certos em `kv_overrides`.
     """
     from llama_cpp import Llama
 
@@ -957,12 +964,20 @@ def main(argv: list[str] | None = None) -> int:
     registro = Registro(cfg)
     try:
         executar(cfg, registro)
-    except (ErroDeUso, FalhaNaExecucao) as erro:
-        if registro.dados["etapas"]:
-            registro.gravar(situacao="falhou", erro=str(erro))
-        print(f"\nERRO: {erro}", file=sys.stderr)
-        return 2 if isinstance(erro, ErroDeUso) else 1
-    return 0
+        return 0
+    except KeyboardInterrupt:
+        erro, codigo = "interrompido por quem executa", 130
+    except ErroDeUso as problema:
+        erro, codigo = str(problema), 2
+    except FalhaNaExecucao as problema:
+        erro, codigo = str(problema), 1
+    except OSError as problema:  # disco cheio, pasta sem permissão
+        erro, codigo = f"o sistema recusou um arquivo: {problema}", 1
+    print(f"\nERRO: {erro}", file=sys.stderr)
+    if registro.dados["etapas"]:
+        with contextlib.suppress(OSError):
+            registro.gravar(situacao="falhou", erro=erro)
+    return codigo
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """O que se responde a quem erra: uma frase clara, o lugar, o que fazer, e nada escrito."""
 
+import re
 import time
 from pathlib import Path
 
@@ -129,3 +130,41 @@ def test_demo_vale_menos_que_a_opcao_dita_e_mais_que_a_constante() -> None:
     assert cfg.NUM_TRAIN_EPOCHS == 7
     assert cfg.MODELO_BASE == ft.MODELO_DEMO
     assert cfg.LORA_R == ft.LORA_R
+
+
+@pytest.mark.parametrize("opcao", [("--optim", "adamigo"), ("--lora-target-modules", "inexistente")])
+def test_constante_que_a_biblioteca_recusa_sai_com_codigo_2_e_sem_traceback(
+    opcao: tuple[str, str], tmp_path: Path, phi3: Path
+) -> None:
+    feito = executar("--modelo-base", phi3, "--dir-saida", tmp_path / "saida", "--treinar-na-cpu", *opcao)
+    assert feito.returncode == 2, feito.stderr
+    assert opcao[1] in feito.stderr and "Traceback" not in feito.stderr
+
+
+def test_pasta_de_saida_sem_permissao_e_dita_sem_traceback(tmp_path: Path) -> None:
+    (tmp_path / "dados.jsonl").write_bytes(BOA + OUTRA)
+    (tmp_path / "saida").write_text("um arquivo no lugar da pasta")
+    feito = executar("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", pasta=tmp_path)
+    assert feito.returncode == 1
+    assert "saida" in feito.stderr and "Traceback" not in feito.stderr
+
+
+def test_constante_editada_para_none_ou_expressao_continua_valendo(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fine_tuning_saude as ft
+
+    monkeypatch.setattr(ft, "REVISAO_MODELO_BASE", None)
+    monkeypatch.setattr(ft, "MAX_LENGTH", 2 * 256)
+    cfg = ft.ler_opcoes([])
+    assert cfg.REVISAO_MODELO_BASE is None and cfg.MAX_LENGTH == 512
+    assert ft.ler_opcoes(["--revisao-modelo-base", "main"]).REVISAO_MODELO_BASE == "main"
+
+
+def test_o_readme_traz_a_tabela_das_constantes_como_elas_estao() -> None:
+    import fine_tuning_saude as ft
+
+    readme = (RAIZ / "README.md").read_text(encoding="utf-8")
+    bloco = (RAIZ / "fine_tuning_saude.py").read_text(encoding="utf-8").split("# o que --demo troca")[0]
+    constantes = re.findall(r"^([A-Z][A-Z0-9_]+) = .+?  # (.+)$", bloco, re.M)
+    assert len(constantes) > 25
+    for nome, explicacao in constantes:
+        assert f"| `{nome}` | `{getattr(ft, nome)}` | {explicacao} |" in readme, nome
