@@ -39,9 +39,8 @@ def main() -> None:
         fim = time.perf_counter()
         pico = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         tamanho = arquivo.stat().st_size / 1e6
-        print(
-            f"{len(pares)} linhas, {tamanho:.0f} MB: leitura {lido - inicio:.1f} s, grupos {fim - lido:.1f} s, {pico:.2f} GiB"
-        )
+        print(f"{len(pares)} linhas, {tamanho:.0f} MB: {pico:.2f} GiB")
+        print(f"leitura {lido - inicio:.1f} s, grupos {fim - lido:.1f} s")
 
 
 if __name__ == "__main__":
