@@ -143,14 +143,19 @@ class Par(NamedTuple):
 # ---------------------------------------------------------------- configuração e registro
 
 
-def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
-    """Faz uma opção de cada constante comentada do bloco acima; a opção vale mais que --demo, e --demo que ela."""
+def ler_constantes() -> list[tuple[str, str]]:
+    """(nome, explicação) de cada constante comentada do bloco acima, na ordem em que está."""
     bloco = Path(__file__).read_text(encoding="utf-8").split("# o que --demo troca")[0]
+    return re.findall(r"^([A-Z][A-Z0-9_]+) = .+?  # (.+)$", bloco, re.M)
+
+
+def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
+    """Faz uma opção de cada constante; a opção vale mais que --demo, e --demo mais que a constante."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--demo", dest="DEMO", action="store_true", help="as nove etapas num modelo pequeno, sem GPU")
-    for nome, ajuda in re.findall(r"^([A-Z][A-Z0-9_]+) = .+?  # (.+)$", bloco, re.M):
+    for nome, ajuda in ler_constantes():
         padrao = globals()[nome]
         tipo = str if padrao is None else type(padrao)
         forma: dict[str, Any] = {"type": tipo, "metavar": tipo.__name__.upper()}
@@ -443,7 +448,7 @@ def gramas(texto: str) -> frozenset[str]:
     return frozenset(texto[i : i + 5] for i in range(max(1, len(texto) - 4)))
 
 
-def candidatos_exatos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
+def parecidos_exatos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
     """Todos os (j, i) com Jaccard ≥ `limite`, contando num índice de gramas quantos cada par divide."""
     import numpy as np
 
@@ -459,26 +464,26 @@ def candidatos_exatos(textos: list[str], limite: float) -> Iterator[tuple[int, i
             onde[grama].append(i)
 
 
-def candidatos_minhash(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
+def parecidos_por_minhash(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
     """Quase todos os (j, i) com Jaccard ≥ `limite`, em tempo proporcional ao número de textos."""
     from rensa import RMinHash, RMinHashLSH
 
     lsh = RMinHashLSH(threshold=limite, num_perm=128, num_bands=32)
     for i, texto in enumerate(textos):
+        meus = gramas(texto)
         assinatura = RMinHash(num_perm=128, seed=0)
-        assinatura.update(list(gramas(texto)))
-        yield from ((j, i) for j in lsh.query(assinatura))
+        assinatura.update(list(meus))
+        for j in lsh.query(assinatura):  # candidatos; o Jaccard de cada um é conferido
+            dele = gramas(textos[j])
+            if len(meus & dele) >= limite * len(meus | dele):
+                yield j, i
         lsh.insert(i, assinatura)
 
 
 def achar_parecidos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
     """Índices (j, i) dos textos cujos 5-gramas têm Jaccard ≥ `limite`; exata até EXATO_ATE textos."""
-    candidatos = candidatos_exatos if len(textos) <= EXATO_ATE else candidatos_minhash
-    normalizados = [normalizar(texto) for texto in textos]
-    for j, i in candidatos(normalizados, limite):
-        a, b = gramas(normalizados[i]), gramas(normalizados[j])
-        if len(a & b) >= limite * len(a | b):
-            yield j, i
+    achar = parecidos_exatos if len(textos) <= EXATO_ATE else parecidos_por_minhash
+    return achar([normalizar(texto) for texto in textos], limite)
 
 
 def agrupar_parecidos(pares: list[Par]) -> tuple[list[list[Par]], int]:

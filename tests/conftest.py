@@ -19,6 +19,11 @@ OPCOES_RAPIDAS = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-ep
 OPCOES_RAPIDAS += ["--fracao-validacao", "0.2", "--max-new-tokens", "8", "--gradient-accumulation-steps", "2"]
 
 
+def linhas_reais(quantas: int | None = None) -> list[dict[str, str]]:
+    """As primeiras linhas do arquivo de dados, ou todas."""
+    return [json.loads(linha) for linha in DADOS.read_text(encoding="utf-8").splitlines()[:quantas]]
+
+
 def executar(*opcoes: object, pasta: Path = RAIZ, **ambiente: str) -> subprocess.CompletedProcess[str]:
     """Executa o programa em `pasta`, com o llama.cpp do projeto, e devolve código de saída e o que ele disse."""
     comando = [sys.executable, str(PROGRAMA), "--dir-llama-cpp", str(RAIZ / "llama.cpp"), *map(str, opcoes)]

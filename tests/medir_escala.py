@@ -8,15 +8,15 @@ import tempfile
 import time
 from pathlib import Path
 
-RAIZ = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(RAIZ))
-import fine_tuning_saude as ft  # noqa: E402  (precisa do caminho acima)
+from conftest import linhas_reais
+
+import fine_tuning_saude as ft
 
 
 def escrever_sorteado(destino: Path, linhas: int) -> None:
     """Perguntas de 14 e respostas de 62 palavras, sorteadas entre as do arquivo do projeto, sem números."""
-    texto = " ".join(json.loads(linha)["output"] for linha in (RAIZ / ft.ARQUIVO_DADOS).open(encoding="utf-8"))
-    palavras = [p for p in texto.split() if not any(c.isdigit() for c in p)]
+    textos = [linha["output"] for linha in linhas_reais()]
+    palavras = [p for texto in textos for p in texto.split() if not any(c.isdigit() for c in p)]
     sorteio = random.Random(1)
     with destino.open("w", encoding="utf-8") as saida:
         for _ in range(linhas):

@@ -1,13 +1,12 @@
 """As regras do arquivo de dados; a veracidade de cada linha é trabalho de leitura, descrito em DADOS.md."""
 
 import collections
-import json
 import re
 import statistics
 import unicodedata
 
 import pytest
-from conftest import DADOS
+from conftest import linhas_reais
 
 import fine_tuning_saude as ft
 
@@ -69,7 +68,7 @@ depois mesmo mesma faz fazer preciso precisa existe significa serve acontece dif
 @pytest.fixture(scope="module")
 def linhas() -> list[dict[str, str]]:
     """As linhas do arquivo de dados."""
-    return [json.loads(linha) for linha in DADOS.read_text(encoding="utf-8").splitlines()]
+    return linhas_reais()
 
 
 def esqueleto(pergunta: str) -> str:

@@ -1,6 +1,5 @@
 """O que se responde a quem erra: uma frase clara, o lugar, o que fazer, e nada escrito."""
 
-import re
 import time
 from pathlib import Path
 
@@ -163,8 +162,7 @@ def test_o_readme_traz_a_tabela_das_constantes_como_elas_estao() -> None:
     import fine_tuning_saude as ft
 
     readme = (RAIZ / "README.md").read_text(encoding="utf-8")
-    bloco = (RAIZ / "fine_tuning_saude.py").read_text(encoding="utf-8").split("# o que --demo troca")[0]
-    constantes = re.findall(r"^([A-Z][A-Z0-9_]+) = .+?  # (.+)$", bloco, re.M)
+    constantes = ft.ler_constantes()
     assert len(constantes) > 25
     for nome, explicacao in constantes:
         assert f"| `{nome}` | `{getattr(ft, nome)}` | {explicacao} |" in readme, nome

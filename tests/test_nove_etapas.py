@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, OPCOES_RAPIDAS, RAIZ, executar
+from conftest import DADOS, OPCOES_RAPIDAS, RAIZ, executar, linhas_reais
 
 import fine_tuning_saude as ft
 
@@ -96,8 +96,8 @@ def test_o_gguf_tem_o_eos_a_parada_o_template_e_os_ids_do_treino(
     vocabulario = llama_cpp.llama_model_get_vocab(modelo._model.model)
     assert llama_cpp.llama_vocab_is_eog(vocabulario, 32007)
     assert modelo.metadata["tokenizer.chat_template"] == tokenizer.chat_template
-    for linha in DADOS.read_text(encoding="utf-8").splitlines()[:40]:
-        prompt = ft.texto_do_prompt(tokenizer, json.loads(linha)["input"])
+    for linha in linhas_reais(40):
+        prompt = ft.texto_do_prompt(tokenizer, linha["input"])
         esperado = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         # add_bos=True é o que os servidores pedem; quem decide é o metadado do arquivo
         assert modelo.tokenize(prompt.encode(), add_bos=True, special=True) == esperado

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, executar
+from conftest import executar, linhas_reais
 
 import fine_tuning_saude as ft
 
@@ -25,7 +25,7 @@ def ler(arquivo: Path, *opcoes: str) -> tuple[list[ft.Par], int]:
 
 def textos_reais(campo: str, quantos: int) -> list[str]:
     """Os primeiros textos normalizados do arquivo de dados."""
-    return [ft.normalizar(json.loads(li)[campo]) for li in DADOS.read_text(encoding="utf-8").splitlines()[:quantos]]
+    return [ft.normalizar(linha[campo]) for linha in linhas_reais(quantos)]
 
 
 def parecidos_por_forca_bruta(textos: list[str], limite: float) -> set[tuple[int, int]]:
@@ -122,8 +122,7 @@ def test_acima_do_limite_o_minhash_acha_quase_todos(monkeypatch: pytest.MonkeyPa
 
 def test_num_arquivo_de_parafrases_a_validacao_nao_vaza_para_o_treino() -> None:
     sorteio = random.Random(0)
-    reais = [json.loads(linha) for linha in DADOS.read_text(encoding="utf-8").splitlines()[:80]]
-    pares = [ft.Par(i, d["input"], d["output"]) for i, d in enumerate(reais)]
+    pares = [ft.Par(i, d["input"], d["output"]) for i, d in enumerate(linhas_reais(80))]
     for copia in range(3):
         muda = [parafrasear(p.pergunta if copia != 1 else p.resposta, sorteio) for p in pares[:80]]
         nova = [
@@ -140,8 +139,7 @@ def test_num_arquivo_de_parafrases_a_validacao_nao_vaza_para_o_treino() -> None:
 
 
 def test_a_validacao_vem_da_semente_e_do_conteudo_e_nao_da_ordem_das_linhas() -> None:
-    reais = [json.loads(linha) for linha in DADOS.read_text(encoding="utf-8").splitlines()[:100]]
-    pares = [ft.Par(i, d["input"], d["output"]) for i, d in enumerate(reais)]
+    pares = [ft.Par(i, d["input"], d["output"]) for i, d in enumerate(linhas_reais(100))]
 
     def validacao(ordem: list[ft.Par], seed: int) -> list[ft.Par]:
         return sorted(ft.separar_validacao(ft.agrupar_parecidos(ordem)[0], 0.2, seed)[1])
@@ -152,8 +150,9 @@ def test_a_validacao_vem_da_semente_e_do_conteudo_e_nao_da_ordem_das_linhas() ->
 def test_exemplo_longo_pode_ser_deixado_de_fora_e_contado(tmp_path: Path, phi3: Path) -> None:
     from transformers import AutoTokenizer
 
-    linhas = [json.loads(linha) for linha in DADOS.read_text(encoding="utf-8").splitlines()[:10]]
-    arquivo = escrever(tmp_path, [(d["input"], d["output"]) for d in linhas] + [("Conte tudo.", "palavra " * 900)])
+    arquivo = escrever(
+        tmp_path, [(d["input"], d["output"]) for d in linhas_reais(10)] + [("Conte tudo.", "palavra " * 900)]
+    )
     cfg = ft.ler_opcoes(["--arquivo-dados", str(arquivo), "--descartar-longos", "--fracao-validacao", "0.3"])
     treino, validacao, _ = ft.etapa_5_dados(cfg, ft.ler_dados(cfg)[0], AutoTokenizer.from_pretrained(phi3))
     assert len(treino) + len(validacao) == 10
