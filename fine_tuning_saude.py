@@ -23,6 +23,8 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
+import multiprocessing
 import os
 import platform
 import random
@@ -38,6 +40,8 @@ import warnings
 import zipfile
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -91,7 +95,12 @@ TREINAR_NA_CPU = False  # aceita treinar sem GPU, o que com o Phi-3-mini leva di
 # GGUF
 QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; a primeira fica em novo_modelo.gguf
 MAX_SHARD_SIZE = "2GB"  # tamanho máximo de cada arquivo safetensors do modelo final
-MAX_NEW_TOKENS = 128  # tokens da resposta com que cada GGUF é provado
+MERGE_NA_BASE_NF4 = False  # soma os adaptadores à base de 4 bits desfeita, e não à original de 16
+EXEMPLOS_IMATRIX = 64  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
+
+# prova do resultado
+EXEMPLOS_PROVA = 32  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
+MAX_NEW_TOKENS = 128  # tokens de cada resposta gerada na prova
 
 # pacotes buscados pelo programa: versão e SHA-256 fixos
 VERSAO_LLAMA_CPP_PYTHON = "0.3.36"  # de onde vem o conversor do llama.cpp
@@ -112,14 +121,22 @@ TROCAS_DEMO = {
     "LEARNING_RATE": 1e-3,
     "LOGGING_STEPS": 4,
     "TREINAR_NA_CPU": True,
+    "EXEMPLOS_IMATRIX": 12,
+    "EXEMPLOS_PROVA": 10,
+    "MAX_NEW_TOKENS": 40,
 }
 
 IGNORADO = -100  # rótulo que a perda do PyTorch pula
 MAX_PROBLEMAS = 20  # problemas dos dados mostrados de uma vez
 PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de caracteres
 EXATO_ATE = 10_000  # textos; acima disso os candidatos a parecidos vêm de MinHash
+# divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
+KL_MAXIMA = {"merge": 0.01, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
+PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucas provas
+AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
+TOP1_MINIMO = {"f16": 0.99}  # fração das posições em que o token mais provável tem de ser o mesmo
 PACOTES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece", "gguf"]
-PACOTES += ["llama-cpp-python", "rensa", "validate-docbr", "phonenumbers"]
+PACOTES += ["llama-cpp-python", "rensa", "validate-docbr", "phonenumbers", "sacrebleu", "matplotlib"]
 log = logging.getLogger("fine_tuning_saude")
 
 
@@ -225,10 +242,8 @@ def sha256(arquivo: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-@functools.cache  # o llama.cpp guarda o ponteiro da função devolvida, que por isso não pode ser recolhida
-def acalmar_bibliotecas() -> Any:
+def acalmar_bibliotecas() -> None:
     """Tira do terminal os avisos das bibliotecas que não pedem nada de quem executa."""
-    import llama_cpp
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -236,9 +251,31 @@ def acalmar_bibliotecas() -> Any:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    calar_llama_cpp()
+
+
+@functools.cache  # o llama.cpp guarda o ponteiro da função devolvida, que por isso não pode ser recolhida
+def calar_llama_cpp() -> Any:
+    """Tira do terminal o que o llama.cpp escreve."""
+    import llama_cpp
+
     silencio = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silencio, None)
     return silencio
+
+
+def descrever_maquina(dispositivo: str) -> str:
+    """Sistema, processador, núcleos, memória e GPU, numa linha, sem nome de máquina nem de pessoa."""
+    import psutil
+    import torch
+
+    processador = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # no Linux, platform.processor() não diz o modelo
+        linhas = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processador = next(linha.split(":")[1].strip() for linha in linhas if linha.startswith("model name"))
+    memoria = psutil.virtual_memory().total / 2**30
+    gpu = torch.cuda.get_device_name() if dispositivo == "cuda" else "sem GPU"
+    return f"{platform.system()}, {processador}, {psutil.cpu_count(logical=False)} núcleos, {memoria:.0f} GiB, {gpu}"
 
 
 # ---------------------------------------------------------------- o que vem de fora
@@ -524,6 +561,12 @@ def texto_do_prompt(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> str:
     return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
 
 
+def prompt_e_ids(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> tuple[str, list[int]]:
+    """O texto do prompt e os ids com que o treino o viu."""
+    prompt = texto_do_prompt(tokenizer, pergunta)
+    return prompt, tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
 def achar_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> str:
     """O que o chat template escreve logo depois da resposta: `<|end|>` no Phi-3, `<|im_end|>` no SmolLM2."""
     conversa = [{"role": "user", "content": "pergunta"}, {"role": "assistant", "content": "resposta"}]
@@ -539,8 +582,7 @@ def achar_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par) -> dict[str, list[int]]:
     """Transforma um par em `input_ids` e `labels`; só a resposta e seu fim de turno têm rótulo."""
-    prompt = texto_do_prompt(tokenizer, par.pergunta)
-    ids_prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    prompt, ids_prompt = prompt_e_ids(tokenizer, par.pergunta)
     ids = tokenizer(prompt + par.resposta + fim, add_special_tokens=False)["input_ids"]
     if ids[: len(ids_prompt)] != ids_prompt:  # o que se treina não seria o que se serve
         raise FalhaNaExecucao(f"linha {par.linha}: o tokenizer funde o fim do prompt com o começo da resposta.")
@@ -571,11 +613,13 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     log.info("      dispositivo de treino: %s", dispositivo)
     conversor = garantir_llama_cpp(cfg)
     dir_base = localizar_modelo_base(cfg)
-    # converte só o vocabulário: se o llama.cpp não aceita este modelo, é melhor saber antes do treino
-    with tempfile.TemporaryDirectory() as temporaria:
-        converter(conversor, dir_base, Path(temporaria) / "vocabulario.gguf", "--vocab-only")
+    # a etapa 9 compara o modelo final com este; e, se o llama.cpp não aceita a base, é melhor saber antes do treino
+    f16_base = Path(cfg.DIR_SAIDA) / "base-f16.gguf"
+    converter(conversor, dir_base, f16_base)
     versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
-    registro.gravar(dispositivo=dispositivo, versoes=versoes, sha256_dados=sha256(Path(cfg.ARQUIVO_DADOS)))
+    registro.gravar(dispositivo=dispositivo, versoes=versoes, maquina=descrever_maquina(dispositivo))
+    somas = {arquivo.name: sha256(arquivo) for arquivo in sorted(dir_base.glob("*.safetensors"))}
+    registro.gravar(sha256_dados=sha256(Path(cfg.ARQUIVO_DADOS)), sha256_base=somas)
     return pares, dispositivo, dir_base, conversor
 
 
@@ -653,8 +697,8 @@ def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
 
 def etapa_5_dados(
     cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset, list[Par]]:
-    """Separa treino e validação e codifica os dois; devolve também os pares da validação."""
+) -> tuple[Dataset, Dataset]:
+    """Separa treino e validação; cada exemplo leva `input_ids`, `labels`, `pergunta`, `resposta`."""
     from datasets import Dataset
 
     if 0 < cfg.MAX_EXEMPLOS < len(pares):
@@ -674,8 +718,8 @@ def etapa_5_dados(
     log.info("      treino %d, validação %d, temas %d", len(treino), len(validacao), len({p.tema for p in pares}))
     log.info("      tokens por exemplo: mínimo %d, mediana %d, p95 %d, máximo %d", minimo, mediana, p95, maximo)
     log.info("      quase repetidos: %d; deixados de fora por longos: %d", ligacoes, len(longos))
-    conjuntos = [Dataset.from_list([codificados[par.linha] for par in parte]) for parte in (treino, validacao)]
-    return conjuntos[0], conjuntos[1], validacao
+    exemplos = [[codificados[par.linha] | par._asdict() for par in parte] for parte in (treino, validacao)]
+    return Dataset.from_list(exemplos[0]), Dataset.from_list(exemplos[1])
 
 
 def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: BitsAndBytesConfig) -> TrainingArguments:
@@ -741,8 +785,11 @@ def etapa_7_treinamento(
     treino: Dataset,
     validacao: Dataset,
     argumentos: TrainingArguments,
-) -> dict[str, float]:
-    """Treina os adaptadores, grava-os em `adaptador_lora/` e devolve a perda na validação antes e depois."""
+) -> dict[str, Any]:
+    """Treina os adaptadores e grava-os em `adaptador_lora/`.
+
+    Devolve a perda na validação, em nats por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
+    """
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback
 
     class Diario(TrainerCallback):
@@ -766,23 +813,47 @@ def etapa_7_treinamento(
     trainer.remove_callback(PrinterCallback)
     antes = trainer.evaluate()["eval_perda"]
     trainer.train()
-    depois = next(linha["eval_perda"] for linha in reversed(trainer.state.log_history) if "eval_perda" in linha)
+    nomes = ("loss", "eval_perda")
+    curva = [[linha["step"], n, linha[n]] for linha in trainer.state.log_history for n in nomes if n in linha]
+    curva.insert(0, [0, "eval_perda", antes])
+    depois = next(valor for _, nome, valor in reversed(curva) if nome == "eval_perda")
     with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
         modelo.save_pretrained(provisoria)
     log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
-    return {"antes": antes, "depois": depois}
+    return {"antes": antes, "depois": depois, "curva": curva}
 
 
-def etapa_8_merge(cfg: argparse.Namespace, dir_base: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Soma os adaptadores à base em 16 bits, nunca à de 4, e grava o modelo completo em `modelo_final/`."""
+def etapa_8_merge(
+    cfg: argparse.Namespace,
+    dir_base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    quantizacao: BitsAndBytesConfig,
+    provas: list[dict[str, Any]],
+    amostra: list[dict[str, Any]],
+) -> tuple[Path, list[Any], dict[str, Any]]:
+    """Soma os adaptadores à base em 16 bits, prova que o treino está na soma e grava-a em `modelo_final/`.
+
+    Devolve a pasta, as log-probabilidades do modelo final em cada exemplo de `provas` (`logprobs`) e a importância
+    de cada camada medida em `amostra` (`medir_importancia`).
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(
-        dir_base, dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True
-    )
-    modelo = PeftModel.from_pretrained(base, Path(cfg.DIR_SAIDA) / "adaptador_lora").merge_and_unload()
+    opcoes = dict(dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
+    if cfg.MERGE_NA_BASE_NF4:
+        base = AutoModelForCausalLM.from_pretrained(dir_base, quantization_config=quantizacao, **opcoes).dequantize()
+        base = base.to(torch.bfloat16)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
+    com_adaptador = PeftModel.from_pretrained(base, Path(cfg.DIR_SAIDA) / "adaptador_lora")
+    with calculo_em_fp32(base):
+        certas = list(logprobs(com_adaptador, provas[:PROVAS_EXATAS]))
+        modelo = com_adaptador.merge_and_unload()
+        referencia = list(logprobs(modelo, provas))
+        importancia = medir_importancia(modelo, amostra) if amostra else {}
+    exato = juntar_medidas(list(map(comparar_logprobs, certas, referencia, provas)))
+    exigir_fidelidade("merge", f"{cfg.DIR_SAIDA}/modelo_final não é a base mais o adaptador", exato)
     fim = tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
     eos = modelo.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
@@ -795,38 +866,145 @@ def etapa_8_merge(cfg: argparse.Namespace, dir_base: Path, tokenizer: PreTrained
         if (dir_base / "tokenizer.model").is_file():
             shutil.copyfile(dir_base / "tokenizer.model", provisoria / "tokenizer.model")
     log.info("      modelo completo em %s", dir_final)
-    return dir_final
+    return dir_final, referencia, importancia
+
+
+@contextlib.contextmanager
+def calculo_em_fp32(modelo: PreTrainedModel) -> Iterator[None]:
+    """Faz cada camada de 16 bits calcular em fp32, crescendo só enquanto calcula.
+
+    Em bf16 o arredondamento das ativações sozinho dá KL de 0,001, o limite com que se prova a conversão; e o modelo
+    inteiro em fp32 ocuparia o dobro da memória. A volta a bf16 é exata: os valores vieram de lá.
+    """
+    import torch
+
+    ganchos = []
+    for camada in modelo.modules():
+        if any(peso.dtype == torch.bfloat16 for peso in camada.parameters(recurse=False)):
+            ganchos.append(camada.register_forward_pre_hook(lambda camada, _: camada.float() and None))
+            ganchos.append(camada.register_forward_hook(lambda camada, *_: camada.bfloat16() and None))
+    yield
+    for gancho in ganchos:
+        gancho.remove()
+
+
+def logprobs(modelo: Any, exemplos: list[dict[str, Any]]) -> Iterator[Any]:
+    """Log-probabilidades que o modelo dá a cada token da resposta de cada exemplo: (tokens, vocabulário), fp32.
+
+    Quatro exemplos vão numa linha só, separados pelos `position_ids`: sem cache, um não vê o outro.
+    """
+    import torch
+
+    for i in range(0, len(exemplos), 4):
+        linha = exemplos[i : i + 4]
+        ids = [token for exemplo in linha for token in exemplo["input_ids"]]
+        posicoes = [posicao for exemplo in linha for posicao in range(len(exemplo["input_ids"]))]
+        rotulados = [j for j, r in enumerate(r for exemplo in linha for r in exemplo["labels"]) if r != IGNORADO]
+        opcoes = dict(position_ids=torch.tensor([posicoes]), logits_to_keep=torch.tensor(rotulados) - 1)
+        with torch.inference_mode():
+            logits = modelo.eval()(input_ids=torch.tensor([ids]), use_cache=False, **opcoes).logits[0]
+        tamanhos = [len(exemplo["labels"]) - exemplo["labels"].count(IGNORADO) for exemplo in linha]
+        yield from (parte.numpy() for parte in logits.float().log_softmax(-1).split(tamanhos))
+
+
+def medir_importancia(modelo: Any, exemplos: list[dict[str, Any]]) -> dict[str, Any]:
+    """Média do quadrado de cada coluna da entrada de cada camada linear, como o llama-imatrix: {nome: (colunas,)}."""
+    import torch
+
+    somas: dict[str, Any] = {}
+
+    def somar(nome: str, entrada: Any) -> None:
+        quadrados = entrada.detach().float().square().flatten(0, -2)
+        soma, tokens = somas.get(nome, (0, 0))
+        somas[nome] = soma + quadrados.sum(0), tokens + len(quadrados)
+
+    lineares = [(nome, c) for nome, c in modelo.named_modules() if isinstance(c, torch.nn.Linear)]
+    ganchos = [c.register_forward_pre_hook(lambda _, x, nome=nome: somar(nome, x[0])) for nome, c in lineares]
+    for _ in logprobs(modelo, exemplos):
+        pass
+    for gancho in ganchos:
+        gancho.remove()
+    return {nome: (soma / tokens).numpy() for nome, (soma, tokens) in somas.items()}
+
+
+def comparar_logprobs(certa: Any, obtida: Any, exemplo: dict[str, Any]) -> dict[str, Any]:
+    """Compara duas saídas de `logprobs` do mesmo exemplo: somas de KL, de acertos do top-1 e de NLL, e os tokens."""
+    import numpy as np
+
+    resposta = [rotulo for rotulo in exemplo["labels"] if rotulo != IGNORADO]
+    return {
+        "kl": float((np.exp(certa) * (certa - obtida)).sum()),
+        "top1": int((certa.argmax(-1) == obtida.argmax(-1)).sum()),
+        "nll": -float(obtida[np.arange(len(resposta)), resposta].sum()),
+        "tokens": len(resposta),
+    }
+
+
+def juntar_medidas(medidas: list[dict[str, Any]]) -> dict[str, float]:
+    """Médias por token de uma lista de `comparar_logprobs`: `kl` e `nll` em nats, `top1` em fração."""
+    tokens = sum(medida["tokens"] for medida in medidas)
+    return {nome: sum(medida[nome] for medida in medidas) / tokens for nome in ("kl", "top1", "nll")}
+
+
+def exigir_fidelidade(passo: str, falha: str, medida: dict[str, float]) -> None:
+    """Mostra KL e top-1 e encerra a execução se passam do limite do passo (KL_MAXIMA, TOP1_MINIMO)."""
+    kl_maxima, top1_minimo = KL_MAXIMA.get(passo, float("inf")), TOP1_MINIMO.get(passo, 0.0)
+    dito = f"KL {medida['kl']:.2g} nats por token (limite {kl_maxima:g}), mesmo token mais provável em "
+    dito += f"{medida['top1']:.1%} das posições" + (f" (mínimo {top1_minimo:.0%})" if top1_minimo else "")
+    if not (medida["kl"] <= kl_maxima and medida["top1"] >= top1_minimo):  # NaN também não passa
+        raise FalhaNaExecucao(f"{falha}: {dito}.")
+    log.info("      %s: %s", passo, dito)
 
 
 def etapa_9_gguf(
-    cfg: argparse.Namespace, dir_final: Path, conversor: Path, tokenizer: PreTrainedTokenizerBase, validacao: list[Par]
-) -> list[dict[str, Any]]:
+    cfg: argparse.Namespace,
+    dir_final: Path,
+    referencia: list[Any],
+    importancia: dict[str, Any],
+    conversor: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    perguntas: list[str],
+    provas: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
     """Converte o modelo final em GGUF, quantiza-o em cada tipo pedido, prova cada arquivo e escreve o Modelfile.
 
-    Devolve, para cada arquivo: nome, tipo, bytes, SHA-256, a pergunta feita e a resposta recebida.
+    Devolve as medidas de cada arquivo e as da base (`provar_gguf`), e a comparação dela com o último arquivo
+    (`comparar_respostas`).
     """
-    saida, nome, arquivos = Path(cfg.DIR_SAIDA), Path(cfg.MODELO_BASE).name, []
-    f16 = saida / "novo_modelo-f16.gguf"
-    converter(conversor, dir_final, f16, "--outtype", "f16")
-    ajustado = ajustar_tokenizer(f16, nome, tokenizer, [par.pergunta for par in validacao])
-    for tipo in map(str.lower, cfg.QUANTIZACOES_GGUF):
-        arquivo = saida / ("novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf")
-        quantizar(f16, arquivo, tipo, ajustado)
-        dito = perguntar(arquivo, validacao[0].pergunta, cfg)
-        tamanho = arquivo.stat().st_size
-        arquivos.append({"arquivo": arquivo.name, "tipo": tipo, "bytes": tamanho, "sha256": sha256(arquivo), **dito})
-        log.info("      %s, %s, %.0f MB", arquivo, tipo, tamanho / 1e6)
-        log.info("        pergunta: %s", dito["pergunta"])
-        log.info("        resposta: %s", " ".join(dito["resposta"].split())[:300])
-    ajustado.close()
-    f16.unlink()
+    import numpy as np
+
+    saida, tipos, arquivos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF], []
+    fim = tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
+    # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
+    with tempfile.TemporaryDirectory(prefix=".prova-", dir=saida) as temporaria:
+        f16, base, certas = (Path(temporaria) / nome for nome in ("f16.gguf", "base.gguf", "referencia.npy"))
+        np.save(certas, np.concatenate(referencia))  # vai aos outros processos por arquivo: são centenas de MB
+        converter(conversor, dir_final, f16)
+        ajustado = ajustar_tokenizer(f16, Path(cfg.MODELO_BASE).name, tokenizer, perguntas)
+        esperado = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
+        medida = em_outro_processo(provar_gguf, f16, provas[:PROVAS_EXATAS], certas, cfg, 0)
+        exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final", medida)
+        # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
+        quantizar(saida / "base-f16.gguf", base, tipos[-1], ajustado, importancia)
+        (saida / "base-f16.gguf").unlink()
+        antes = em_outro_processo(provar_gguf, base, provas, certas, cfg, len(provas))
+        for tipo in tipos:
+            nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
+            quantizar(f16, arquivo := Path(temporaria) / nome, tipo, ajustado, importancia)
+            gerar = len(provas) if len(arquivos) + 1 == len(tipos) else 1
+            medida = em_outro_processo(provar_gguf, arquivo, provas, certas, cfg, gerar, esperado, fim)
+            exigir_fidelidade(tipo, f"{nome} perdeu demais na quantização", medida)
+            sobre = {"arquivo": nome, "tipo": tipo, "bytes": arquivo.stat().st_size, "sha256": sha256(arquivo)}
+            arquivos.append(sobre | medida)
+            os.replace(arquivo, saida / nome)
+        ajustado.close()
     escrever_modelfile(tokenizer, saida, arquivos[-1]["arquivo"], cfg.MAX_LENGTH)
-    return arquivos
+    return arquivos, antes, comparar_respostas(provas, antes, arquivos[-1], cfg.SEED)
 
 
-def converter(conversor: Path, pasta: Path, destino: Path, *opcoes: str) -> None:
-    """Converte em GGUF o modelo de `pasta` com o conversor do llama.cpp."""
-    comando = [sys.executable, str(conversor), str(pasta), "--outfile", str(destino), *opcoes]
+def converter(conversor: Path, pasta: Path, destino: Path) -> None:
+    """Converte em GGUF de 16 bits o modelo de `pasta` com o conversor do llama.cpp."""
+    comando = [sys.executable, str(conversor), str(pasta), "--outfile", str(destino), "--outtype", "f16"]
     ambiente = {**os.environ, "PYTHONUTF8": "1"}
     feito = subprocess.run(
         comando, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=ambiente
@@ -846,8 +1024,7 @@ def ajustar_tokenizer(gguf: Path, nome: str, tokenizer: PreTrainedTokenizerBase,
     """
     from llama_cpp import Llama
 
-    prompts = [texto_do_prompt(tokenizer, pergunta) for pergunta in perguntas]
-    esperados = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    prompts, esperados = zip(*(prompt_e_ids(tokenizer, pergunta) for pergunta in perguntas), strict=True)
     ajustes: dict[str, bool | int | float | str] = {
         "tokenizer.ggml.eot_token_id": tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
     }
@@ -857,7 +1034,7 @@ def ajustar_tokenizer(gguf: Path, nome: str, tokenizer: PreTrainedTokenizerBase,
         ajustes |= {"tokenizer.ggml.add_bos_token": bos}
         vocabulario = Llama(str(gguf), vocab_only=True, verbose=False, kv_overrides=ajustes)
         obtidos = [vocabulario.tokenize(prompt.encode(), add_bos=True, special=True) for prompt in prompts]
-        if obtidos == esperados:
+        if obtidos == list(esperados):
             return vocabulario
         vocabulario.close()
         i = next(i for i, ids in enumerate(obtidos) if ids != esperados[i])
@@ -865,35 +1042,161 @@ def ajustar_tokenizer(gguf: Path, nome: str, tokenizer: PreTrainedTokenizerBase,
     raise FalhaNaExecucao(f"o llama.cpp não tokeniza os prompts como o treino:\n  {diferenca}")
 
 
-def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama) -> None:
-    """Quantiza o GGUF de 16 bits em `tipo`, gravando os metadados que `ajustar_tokenizer` achou."""
+def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama, importancia: dict[str, Any]) -> None:
+    """Quantiza o GGUF de 16 bits em `tipo`, com os metadados de `ajustar_tokenizer` e guiado por `importancia`."""
     import llama_cpp
-    from gguf import LlamaFileType
+    from gguf import MODEL_ARCH_NAMES, LlamaFileType, get_tensor_name_map
 
+    arquitetura = next(a for a, nome in MODEL_ARCH_NAMES.items() if nome == ajustado.metadata["general.architecture"])
+    nomes = get_tensor_name_map(arquitetura, int(ajustado.metadata[f"{MODEL_ARCH_NAMES[arquitetura]}.block_count"]))
+    no_gguf = {n: valores for nome, valores in importancia.items() if (n := nomes.get_name(nome))}
+    matriz = (llama_cpp.llama_model_imatrix_data * (len(no_gguf) + 1))()  # a última, vazia, marca o fim
+    for item, (nome, valores) in zip(matriz, no_gguf.items(), strict=False):
+        item.name, item.size = f"{nome}.weight".encode(), len(valores)
+        item.data = valores.ctypes.data_as(type(item.data))
     parametros = llama_cpp.llama_model_quantize_default_params()
     parametros.ftype = int(getattr(LlamaFileType, f"MOSTLY_{tipo.upper()}"))
     parametros.kv_overrides = ajustado.model_params.kv_overrides
-    provisorio = destino.with_suffix(".parcial")
-    if llama_cpp.llama_model_quantize(str(f16).encode(), str(provisorio).encode(), parametros):
+    parametros.imatrix = matriz if no_gguf else None
+    if llama_cpp.llama_model_quantize(str(f16).encode(), str(destino).encode(), parametros):
         raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}.")
-    os.replace(provisorio, destino)
 
 
-def perguntar(gguf: Path, pergunta: str, cfg: argparse.Namespace) -> dict[str, Any]:
-    """Abre o GGUF no llama.cpp, como Ollama e LM Studio fazem, e exige uma resposta."""
-    from llama_cpp import Llama
+def em_outro_processo(funcao: Any, gguf: Path, *resto: Any) -> Any:
+    """Chama `funcao(gguf, *resto)` num processo novo: a memória medida é só a do GGUF, e sua queda não derruba este."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processo:
+        try:
+            return processo.submit(funcao, gguf, *resto).result()
+        except BrokenProcessPool as erro:
+            raise FalhaNaExecucao(f"o llama.cpp caiu ao usar {gguf}: o arquivo está estragado.") from erro
 
+
+def provar_gguf(
+    gguf: Path,
+    provas: list[dict[str, Any]],
+    referencia: Path,
+    cfg: argparse.Namespace,
+    gerar: int,
+    esperado: tuple[tuple[str, str, list[int]], ...] = (),
+    fim: int | None = None,
+) -> dict[str, Any]:
+    """Abre o GGUF no llama.cpp, como um servidor, e mede-o nas provas, contra as log-probabilidades de `referencia`.
+
+    Gera resposta para as primeiras `gerar` provas. Se vêm `esperado` (pergunta, prompt, ids) e `fim`, exige do arquivo
+    o mesmo prompt, os mesmos ids e o mesmo fim de turno. Devolve `kl`, `top1` e `nll` médios por token, e os de cada
+    prova em `por_prova` (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na memória do
+    sistema), `prompt_tok_s`, `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
+    """
+    import llama_cpp
+    import numpy as np
+    import psutil
+
+    calar_llama_cpp()
+    nucleos = psutil.cpu_count(logical=False)
+    opcoes = dict(n_threads=nucleos, n_threads_batch=nucleos, seed=cfg.SEED, verbose=False)
+    inicio = time.perf_counter()
     try:
-        modelo = Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, seed=cfg.SEED, verbose=False)
+        modelo = llama_cpp.Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, **opcoes)
     except ValueError as erro:
-        raise FalhaNaExecucao(f"o llama.cpp não abre {gguf}: {erro}") from erro
-    conversa = [{"role": "user", "content": pergunta}]
-    escolha = modelo.create_chat_completion(conversa, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
+        raise FalhaNaExecucao(f"o llama.cpp não abre {gguf}: {erro}") from None
+    medida: dict[str, Any] = {"carga_s": time.perf_counter() - inicio, "respostas": [], "terminou": []}
+    conferir_prompts(modelo, gguf, esperado, fim)
+    for prova in provas[:gerar]:  # gulosa, pelo chat template do arquivo, como um servidor
+        conversa = [{"role": "user", "content": prova["pergunta"]}]
+        feita = modelo.create_chat_completion(conversa, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
+        medida["respostas"].append(feita["message"]["content"])
+        medida["terminou"].append(feita["finish_reason"] == "stop")
+        if not medida["respostas"][-1].strip():
+            raise FalhaNaExecucao(f"{gguf} abriu, mas deu uma resposta vazia a: {prova['pergunta']}")
+    tempos = llama_cpp.llama_perf_context(modelo.ctx)
+    medida["prompt_tok_s"] = 1000 * tempos.n_p_eval / max(tempos.t_p_eval_ms, 1e-9)
+    medida["geracao_tok_s"] = 1000 * tempos.n_eval / max(tempos.t_eval_ms, 1e-9)
+    medida["memoria"] = memoria_maxima()
     modelo.close()
-    resposta = escolha["message"]["content"]
-    if not resposta.strip():
-        raise FalhaNaExecucao(f"{gguf} abriu, mas deu uma resposta vazia a: {pergunta}")
-    return {"pergunta": pergunta, "resposta": resposta, "terminou_sozinha": escolha["finish_reason"] == "stop"}
+    modelo = llama_cpp.Llama(str(gguf), n_ctx=max(len(p["input_ids"]) for p in provas), logits_all=True, **opcoes)
+    certas, posicao, medida["por_prova"] = np.load(referencia, mmap_mode="r"), 0, []
+    for prova in provas:
+        modelo.reset()
+        modelo.eval(prova["input_ids"])
+        prompt, total = prova["labels"].count(IGNORADO), len(prova["input_ids"])
+        logits = modelo.scores[prompt - 1 : total - 1]
+        logits = logits - logits.max(-1, keepdims=True)
+        obtida = logits - np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+        certa = certas[posicao : (posicao := posicao + len(obtida))]
+        medida["por_prova"].append(comparar_logprobs(certa, obtida, prova))
+    modelo.close()
+    return medida | juntar_medidas(medida["por_prova"])
+
+
+def memoria_maxima() -> int:
+    """Pico da memória física deste processo, em bytes; onde o sistema não o guarda, a de agora."""
+    import psutil
+
+    if sys.platform == "linux":  # o ru_maxrss traz o pico do processo que criou este
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    memoria = psutil.Process().memory_info()
+    return getattr(memoria, "peak_wset", memoria.rss)
+
+
+def conferir_prompts(
+    modelo: Llama, gguf: Path, esperado: tuple[tuple[str, str, list[int]], ...], fim: int | None
+) -> None:
+    """Exige do GGUF, com o chat template e o vocabulário dele, o fim de turno, os prompts e os ids do treino."""
+    import llama_cpp
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    vocabulario = llama_cpp.llama_model_get_vocab(modelo._model.model)
+    if fim is not None and (eot := llama_cpp.llama_vocab_eot(vocabulario)) != fim:
+        raise FalhaNaExecucao(f"{gguf}: o fim de turno é o token {eot}, e o treino usou {fim}: o modelo não pararia.")
+    eos, bos = (modelo._model.token_get_text(i) if i >= 0 else "" for i in (modelo.token_eos(), modelo.token_bos()))
+    template = Jinja2ChatFormatter(modelo.metadata["tokenizer.chat_template"], eos, bos)
+    for pergunta, prompt, ids in esperado:
+        escrito = template(messages=[{"role": "user", "content": pergunta}]).prompt
+        obtidos = modelo.tokenize(escrito.encode(), add_bos=True, special=True)
+        if (escrito, obtidos) != (prompt, ids):
+            treino, servido = f"{prompt!r} {ids}", f"{escrito!r} {obtidos}"
+            raise FalhaNaExecucao(f"{gguf}: o prompt servido não é o do treino:\n  treino: {treino}\n  GGUF: {servido}")
+
+
+def comparar_respostas(
+    provas: list[dict[str, Any]], antes: dict[str, Any], depois: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """Compara a base e o GGUF final nas mesmas perguntas: {medida: [antes, depois, diferença mínima, máxima]}.
+
+    `perda` é a NLL por token da resposta de referência, em nats; `chrF` (arXiv:1803.00721, sacrebleu) e `cobertura`,
+    fração das palavras de conteúdo da referência que a resposta traz, vão de 0 a 100; `terminou` é a fração que acabou
+    sozinha. O intervalo é de 95 %, por bootstrap sobre as perguntas.
+    """
+    import numpy as np
+    from sacrebleu import sentence_chrf
+
+    certas = [prova["resposta"] for prova in provas]
+    tokens = np.array([medida["tokens"] for medida in antes["por_prova"]])
+    valores = {
+        "perda": [[m["nll"] / m["tokens"] for m in lado["por_prova"]] for lado in (antes, depois)],
+        "chrF": [
+            [sentence_chrf(d, [c]).score for c, d in zip(certas, lado["respostas"], strict=True)]
+            for lado in (antes, depois)
+        ],
+        "cobertura": [
+            [cobertura(c, d) for c, d in zip(certas, lado["respostas"], strict=True)] for lado in (antes, depois)
+        ],
+        "terminou": [lado["terminou"] for lado in (antes, depois)],
+    }
+    sorteios = np.random.default_rng(seed).integers(0, len(provas), (2000, len(provas)))
+    tabela = {}
+    for nome, (de, para) in valores.items():
+        peso = tokens if nome == "perda" else np.ones(len(provas))  # a perda é por token; o resto, por pergunta
+        diferenca = np.subtract(para, de, dtype=float) * peso
+        intervalo = np.percentile(diferenca[sorteios].sum(1) / peso[sorteios].sum(1), [2.5, 97.5])
+        tabela[nome] = [float(np.average(lado, weights=peso)) for lado in (de, para)] + intervalo.tolist()
+    return tabela
+
+
+def cobertura(certa: str, dita: str) -> float:
+    """Fração, de 0 a 100, das palavras de conteúdo de `certa` (números e palavras de 4 letras ou mais) em `dita`."""
+    palavras = {p for p in normalizar(certa).split() if p.isdigit() or len(p) > 3}
+    return 100 * len(palavras & set(normalizar(dita).split())) / max(1, len(palavras))
 
 
 def escrever_modelfile(tokenizer: PreTrainedTokenizerBase, saida: Path, gguf: str, num_ctx: int) -> None:
@@ -925,6 +1228,159 @@ def escrever_modelfile(tokenizer: PreTrainedTokenizerBase, saida: Path, gguf: st
     (saida / "Modelfile").write_text("\n".join(linhas) + "\n", encoding="utf-8")
 
 
+CARTAO = """
+# {nome}
+
+Modelo de linguagem que responde em português sobre a Atenção Primária à Saúde do SUS: `{base}` com adaptadores LoRA
+treinados em 4 bits (QLoRA), somados à base e convertidos em GGUF. Feito por `fine_tuning_saude.py` em {inicio}.
+
+> **Não substitui protocolos nem profissionais.** Pode errar com segurança na voz: confira na fonte em vigor. Nunca para
+> diagnóstico, dose ou urgência. Urgência é SAMU 192; sofrimento intenso, CVV 188; o resto, a UBS.
+
+## É melhor que a base?
+
+{veredito}
+
+Base e modelo final no mesmo tipo de GGUF ({tipo}), nas mesmas {n} perguntas da validação, que o treino nunca viu;
+respostas gulosas de até {tokens} tokens; intervalo de 95 % da diferença, por bootstrap sobre as perguntas.
+
+| medida | base | final | diferença |
+|---|---:|---:|---:|
+{comparacao}
+
+No treino, na validação inteira e com a base em 4 bits: perda {antes} antes, {depois} depois.
+
+![perda por passo](perda.png)
+
+## O que cada arquivo é
+
+KL e top-1: divergência por token e fração do token mais provável igual, contra o modelo final em 16 bits, nas respostas
+de referência. Velocidade e memória: {maquina}; contexto de {contexto} tokens.
+
+| arquivo | tipo | MB | KL | top-1 | perda | carga (s) | prompt (tok/s) | resposta (tok/s) | memória (MB) |
+|---|---|---:|---:|---:|---:|---:|---:|---:|---:|
+{arquivos}
+
+Os prompts de cada arquivo, escritos pelo template dele, foram comparados id por id com os do treino, e são iguais.
+
+## Três perguntas da validação
+
+{exemplos}
+
+## Como usar
+
+- **Ollama**: `ollama create saude-aps -f Modelfile && ollama run saude-aps`
+- **llama.cpp**: `llama-cli -m {servido} --jinja -cnv`
+- **LM Studio**: copie o `.gguf` para a pasta de modelos, em `saude/aps/`, e abra-o.
+
+## Como foi treinado
+
+Dados: `{dados}`, SHA-256 `{sha_dados}`. {constantes}. As demais constantes, versões, tempos e somas estão em
+`execucao.json`. A licença é a do modelo base; a dos dados, a de quem os forneceu.
+"""
+
+
+def escrever_cartao(cfg: argparse.Namespace, dados: dict[str, Any], provas: list[dict[str, Any]]) -> None:
+    """Escreve `README.md`, um model card do Hugging Face, e `perda.png`, a partir do registro da execução."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    saida, comparacao, servido = Path(cfg.DIR_SAIDA), dados["comparacao"], dados["gguf"][-1]
+    desenhar_curva(dados["perda_validacao"], saida / "perda.png")
+    nomes = {
+        "perda": "perda, nats por token da referência (menor é melhor)",
+        "chrF": "chrF da resposta, 0 a 100",
+        "cobertura": "cobertura das palavras de conteúdo da referência, 0 a 100",
+        "terminou": "fração das respostas que terminou sozinha",
+    }
+    linhas = [
+        f"| {nomes[nome]} | {numero(de)} | {numero(para)} | {numero(para - de, '+.3f')} "
+        f"({numero(minima, '+.3f')} a {numero(maxima, '+.3f')}) |"
+        for nome, (de, para, minima, maxima) in comparacao.items()
+    ]
+    perplexidade = [math.exp(valor) for valor in comparacao["perda"][:2]]
+    linhas.insert(1, "| perplexidade | {} | {} | |".format(*(numero(valor, ".1f") for valor in perplexidade)))
+    arquivos = [
+        f"| `{a['arquivo']}` | {a['tipo']} | {a['bytes'] / 1e6:.0f} | {numero(a['kl'], '.4f')} "
+        f"| {numero(100 * a['top1'], '.1f')} % | {numero(a['nll'])} | {numero(a['carga_s'], '.1f')} "
+        f"| {a['prompt_tok_s']:.0f} | {numero(a['geracao_tok_s'], '.1f')} | {a['memoria'] / 1e6:.0f} |"
+        for a in dados["gguf"]
+    ]
+    exemplos = [
+        f"**{prova['pergunta']}**\n\n- antes: {citar(antes)}\n- depois: {citar(depois)}\n"
+        f"- referência: {prova['resposta']}"
+        for prova, antes, depois in zip(provas[:3], dados["respostas_da_base"], servido["respostas"], strict=False)
+    ]
+    mostradas = ("LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "LEARNING_RATE", "OPTIM", "SEED")
+    texto = CARTAO.format(
+        nome=f"{Path(cfg.MODELO_BASE).name}, ajustado para a APS",
+        base=Path(cfg.MODELO_BASE).name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE,
+        inicio=dados["inicio"],
+        veredito=dar_veredito(comparacao),
+        tipo=servido["tipo"],
+        n=len(provas),
+        tokens=cfg.MAX_NEW_TOKENS,
+        comparacao="\n".join(linhas),
+        antes=numero(dados["perda_validacao"]["antes"]),
+        depois=numero(dados["perda_validacao"]["depois"]),
+        maquina=dados["maquina"],
+        contexto=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS,
+        arquivos="\n".join(arquivos),
+        exemplos="\n\n".join(exemplos),
+        servido=servido["arquivo"],
+        dados=Path(cfg.ARQUIVO_DADOS).name,
+        sha_dados=dados["sha256_dados"],
+        constantes=", ".join(f"`{nome}` {getattr(cfg, nome)}" for nome in mostradas),
+    )
+    cabecalho = ModelCardData(
+        language="pt",
+        library_name="gguf",
+        pipeline_tag="text-generation",
+        tags=["saude", "sus", "aps", "qlora", "gguf"],
+    )
+    if not Path(cfg.MODELO_BASE).is_dir() and "/" in cfg.MODELO_BASE:
+        cabecalho.base_model = cfg.MODELO_BASE
+    ModelCard(f"---\n{cabecalho.to_yaml()}\n---\n{texto}").save(saida / "README.md")
+
+
+def citar(resposta: str) -> str:
+    """A resposta do modelo numa linha só, sem marcas que o Markdown interpretaria."""
+    return "`" + " ".join(resposta.replace("`", "'").split()) + "`"
+
+
+def dar_veredito(comparacao: dict[str, list[float]]) -> str:
+    """Diz se o treino ajudou: em que o intervalo da diferença não inclui zero, e para que lado."""
+    melhor: dict[str, list[str]] = {"melhorou": [], "piorou": [], "sem diferença medida": []}
+    for nome, (_, _, minima, maxima) in comparacao.items():
+        if nome == "perda":
+            minima, maxima = -maxima, -minima
+        melhor["melhorou" if minima > 0 else "piorou" if maxima < 0 else "sem diferença medida"].append(nome)
+    de, para, *_ = comparacao["perda"]
+    sim = "Sim, na perda" if "perda" in melhor["melhorou"] else "NÃO, o treino não baixou a perda"
+    listas = "; ".join(f"{lado}: {', '.join(nomes)}" for lado, nomes in melhor.items() if nomes)
+    return (
+        f"{sim}: de {numero(de)} a {numero(para)} ({numero(100 * (para / de - 1), '+.1f')} %). {listas.capitalize()}."
+    )
+
+
+def numero(valor: float, forma: str = ".3f") -> str:
+    """O número com vírgula decimal."""
+    return f"{valor:{forma}}".replace(".", ",")
+
+
+def desenhar_curva(perda: dict[str, Any], destino: Path) -> None:
+    """Desenha a perda no treino e na validação, em nats por token, por passo do otimizador."""
+    from matplotlib.figure import Figure
+
+    eixos = (figura := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for nome, rotulo, forma in (("loss", "treino", "-"), ("eval_perda", "validação", "o--")):
+        pontos = [(passo, valor) for passo, qual, valor in perda["curva"] if qual == nome]
+        eixos.plot(*zip(*pontos, strict=True), forma, label=rotulo) if pontos else None
+    eixos.set(xlabel="passo do otimizador", ylabel="perda, nats por token da resposta")
+    eixos.grid(alpha=0.3)
+    eixos.legend()
+    figura.savefig(destino, dpi=120)
+
+
 def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     """As nove etapas: o que cada uma recebe e o que entrega à seguinte."""
     inicio = time.perf_counter()
@@ -937,7 +1393,10 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     with registro.etapa(4, "LoRA"):
         modelo = etapa_4_lora(cfg, base)
     with registro.etapa(5, "Dados"):
-        treino, validacao, pares_validacao = etapa_5_dados(cfg, pares, tokenizer)
+        treino, validacao = etapa_5_dados(cfg, pares, tokenizer)
+        amostra = treino.select(range(min(cfg.EXEMPLOS_IMATRIX, len(treino)))).to_list()
+        provas = validacao.select(range(min(cfg.EXEMPLOS_PROVA, len(validacao)))).to_list()
+        perguntas = validacao["pergunta"][:] + treino["pergunta"][:AMOSTRA_PROMPTS]
     with registro.etapa(6, "Argumentos de treino"):
         argumentos = etapa_6_argumentos(cfg, dispositivo, quantizacao)
     with registro.etapa(7, "Treinamento"):
@@ -946,16 +1405,20 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     del base, modelo  # libera a memória antes de recarregar a base em 16 bits
     gc.collect()
     with registro.etapa(8, "Merge"):
-        dir_final = etapa_8_merge(cfg, dir_base, tokenizer)
+        merge = etapa_8_merge(cfg, dir_base, tokenizer, quantizacao, provas, amostra)
     with registro.etapa(9, "GGUF"):
-        arquivos = etapa_9_gguf(cfg, dir_final, conversor, tokenizer, pares_validacao)
-        registro.gravar(gguf=arquivos)
+        arquivos, antes, comparacao = etapa_9_gguf(cfg, *merge, conversor, tokenizer, perguntas, provas)
+        registro.gravar(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
+        escrever_cartao(cfg, registro.dados, provas)
     registro.gravar(situacao="concluída")
     variacao = 100 * (perda["depois"] / perda["antes"] - 1)
     log.info("\nConcluído em %s (h:min:s).", timedelta(seconds=round(time.perf_counter() - inicio)))
-    log.info("  perda na validação: %.3f antes, %.3f depois (%+.1f %%)", perda["antes"], perda["depois"], variacao)
+    log.info("  perda na validação, base em 4 bits: %.3f → %.3f (%+.1f %%)", perda["antes"], perda["depois"], variacao)
     for arquivo in arquivos:
-        log.info("  %-26s %-8s %6.0f MB", arquivo["arquivo"], arquivo["tipo"], arquivo["bytes"] / 1e6)
+        tamanho, kl, velocidade = arquivo["bytes"] / 1e6, arquivo["kl"], arquivo["geracao_tok_s"]
+        log.info("  %-26s %6.0f MB  KL %.4f  %5.1f tok/s", arquivo["arquivo"], tamanho, kl, velocidade)
+    log.info("  melhor que a base, no GGUF final? %s", dar_veredito(comparacao))
+    log.info("  medidas, exemplos e como usar: %s", Path(cfg.DIR_SAIDA) / "README.md")
     log.info("  no Ollama: cd %s && ollama create saude-aps -f Modelfile && ollama run saude-aps", cfg.DIR_SAIDA)
 
 

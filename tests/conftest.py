@@ -17,6 +17,7 @@ DADOS = RAIZ / "perguntas_respostas_APS_2000.jsonl"
 # poucas linhas, taxa alta e várias passagens: o adaptador de um modelo minúsculo muda o bastante para ser visto
 OPCOES_RAPIDAS = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-epochs", "2", "--max-exemplos", "24"]
 OPCOES_RAPIDAS += ["--fracao-validacao", "0.2", "--max-new-tokens", "8", "--gradient-accumulation-steps", "2"]
+OPCOES_RAPIDAS += ["--exemplos-prova", "4", "--exemplos-imatrix", "4"]
 
 
 def linhas_reais(quantas: int | None = None) -> list[dict[str, str]]:
@@ -62,6 +63,13 @@ def phi3(tmp_path_factory: pytest.TempPathFactory, vocabulario_phi3: Path) -> Pa
     from modelos import construir_phi3
 
     return construir_phi3(tmp_path_factory.mktemp("base") / "minusculo", vocabulario_phi3)
+
+
+@pytest.fixture(scope="session")
+def demonstracao(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """`python fine_tuning_saude.py --demo`: a pasta de saída e o registro."""
+    saida = tmp_path_factory.mktemp("demo") / "saida"
+    return saida, executar_ate_o_fim("--demo", "--dir-saida", saida)
 
 
 @pytest.fixture(scope="session")

@@ -42,8 +42,12 @@ def escrever_tokenizer_model(vocabulario_gguf: Path, destino: Path) -> list[str]
     return tokens[32000:32011]
 
 
-def construir_phi3(destino: Path, vocabulario_gguf: Path, com_tokenizer_model: bool = True) -> Path:
-    """Escreve em `destino` um Phi-3 inteiro de 2 camadas: config, pesos em bf16, tokenizer e chat template reais."""
+def construir_phi3(destino: Path, vocabulario_gguf: Path, normalizador_prefixa: bool = False) -> Path:
+    """Escreve em `destino` um Phi-3 inteiro de 2 camadas: config, pesos em bf16, tokenizer e chat template reais.
+
+    Há arquivos de tokenizer do Phi-3 das duas espécies: os que põem `▁` antes de cada trecho, no normalizador, e os
+    que não põem; o `O` de `<|user|>O que` é `▁O` nos primeiros e `O` nos outros.
+    """
     import torch
     from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM
 
@@ -77,8 +81,12 @@ def construir_phi3(destino: Path, vocabulario_gguf: Path, com_tokenizer_model: b
         encoding="utf-8",
     )
     AutoTokenizer.from_pretrained(destino).save_pretrained(destino)
-    if not com_tokenizer_model:
-        (destino / "tokenizer.model").unlink()
+    if normalizador_prefixa:
+        tokenizer = json.loads((destino / "tokenizer.json").read_text(encoding="utf-8"))
+        espacos = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, espacos]}
+        tokenizer["pre_tokenizer"] = None
+        (destino / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     torch.manual_seed(0)
     config = Phi3Config(
         vocab_size=32064,

@@ -154,5 +154,5 @@ def test_exemplo_longo_pode_ser_deixado_de_fora_e_contado(tmp_path: Path, phi3: 
         tmp_path, [(d["input"], d["output"]) for d in linhas_reais(10)] + [("Conte tudo.", "palavra " * 900)]
     )
     cfg = ft.ler_opcoes(["--arquivo-dados", str(arquivo), "--descartar-longos", "--fracao-validacao", "0.3"])
-    treino, validacao, _ = ft.etapa_5_dados(cfg, ft.ler_dados(cfg)[0], AutoTokenizer.from_pretrained(phi3))
+    treino, validacao = ft.etapa_5_dados(cfg, ft.ler_dados(cfg)[0], AutoTokenizer.from_pretrained(phi3))
     assert len(treino) + len(validacao) == 10

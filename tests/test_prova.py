@@ -1,0 +1,294 @@
+"""A prova do resultado: o que se mede, e que o programa acusa cada modo de entregar outra coisa que não o treinado."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import OPCOES_RAPIDAS, RAIZ, linhas_reais
+from modelos import construir_phi3
+
+import fine_tuning_saude as ft
+
+CONVERSOR = RAIZ / "llama.cpp" / "convert_hf_to_gguf.py"
+
+
+@pytest.fixture(scope="module")
+def exemplos(phi3: Path) -> list[dict]:
+    """Seis exemplos reais, codificados como na etapa 5."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(phi3)
+    pares = [ft.Par(i, linha["input"], linha["output"]) for i, linha in enumerate(linhas_reais(6))]
+    return [ft.codificar(tokenizer, "<|end|>", par) | par._asdict() for par in pares]
+
+
+def carregar(pasta: Path, tipo: str):  # noqa: ANN201
+    """O modelo de `pasta` nesse tipo."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(pasta, dtype=getattr(torch, tipo))
+
+
+# ---------------------------------------------------------------- as medidas
+
+
+def test_exemplos_na_mesma_linha_nao_se_veem(phi3: Path, exemplos: list[dict]) -> None:
+    modelo = carregar(phi3, "float32")
+    juntos = list(ft.logprobs(modelo, exemplos))
+    for exemplo, esperado in zip(exemplos, juntos, strict=True):
+        (sozinho,) = ft.logprobs(modelo, [exemplo])
+        assert sozinho.shape == esperado.shape and len(sozinho) == len(exemplo["labels"]) - exemplo["labels"].count(
+            -100
+        )
+        assert np.abs(sozinho - esperado).max() < 1e-4
+
+
+def test_calculo_em_fp32_da_o_mesmo_que_o_modelo_em_fp32_e_devolve_os_pesos_como_eram(
+    phi3: Path, exemplos: list[dict]
+) -> None:
+    import torch
+
+    modelo = carregar(phi3, "bfloat16")
+    antes = {nome: peso.clone() for nome, peso in modelo.state_dict().items()}
+    em_bf16 = np.concatenate(list(ft.logprobs(modelo, exemplos)))
+    with ft.calculo_em_fp32(modelo):
+        obtido = np.concatenate(list(ft.logprobs(modelo, exemplos)))
+    esperado = np.concatenate(list(ft.logprobs(carregar(phi3, "float32"), exemplos)))
+    assert np.abs(obtido - esperado).max() < 1e-4 < np.abs(em_bf16 - esperado).max()
+    for nome, peso in modelo.state_dict().items():
+        assert peso.dtype == torch.bfloat16 and torch.equal(peso, antes[nome]), nome
+
+
+def test_a_importancia_e_a_media_do_quadrado_de_cada_coluna_da_entrada(phi3: Path, exemplos: list[dict]) -> None:
+    import torch
+
+    modelo = carregar(phi3, "float32")
+    importancia = ft.medir_importancia(modelo, exemplos)
+    ids = torch.tensor([[i for exemplo in exemplos for i in exemplo["input_ids"]]])
+    camada = modelo.model.layers[0]
+    with torch.no_grad():
+        entrada = camada.input_layernorm(modelo.model.embed_tokens(ids))[0]
+    esperada = entrada.square().mean(0).numpy()
+    assert importancia["model.layers.0.self_attn.qkv_proj"] == pytest.approx(esperada, rel=1e-4)
+    assert len(importancia) == 2 * 4 + 1  # quatro camadas lineares por bloco, e a de saída
+
+
+def test_a_divergencia_e_zero_entre_iguais_e_a_de_livro_entre_diferentes() -> None:
+    exemplo = {"labels": [ft.IGNORADO, 0, 1]}
+    certa, obtida = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]])
+    iguais = ft.juntar_medidas([ft.comparar_logprobs(certa, certa, exemplo)])
+    assert iguais["kl"] == 0 and iguais["top1"] == 1
+    medida = ft.juntar_medidas([ft.comparar_logprobs(certa, obtida, exemplo)])
+    assert medida["kl"] == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2)
+    assert medida["nll"] == pytest.approx(-(math.log(0.25) + math.log(0.1)) / 2)
+    assert medida["top1"] == 0.5
+
+
+@pytest.mark.parametrize("medida", [{"kl": 0.0011, "top1": 1}, {"kl": 0, "top1": 0.98}, {"kl": math.nan, "top1": 1}])
+def test_divergencia_alem_do_limite_encerra_a_execucao(medida: dict[str, float]) -> None:
+    with pytest.raises(ft.FalhaNaExecucao, match=r"x\.gguf não é o modelo final: KL .* \(limite 0\.001\)"):
+        ft.exigir_fidelidade("f16", "x.gguf não é o modelo final", medida)
+    ft.exigir_fidelidade("f16", "", {"kl": 0.0009, "top1": 0.995})
+
+
+def lado(nll: float, respostas: list[str], terminou: bool) -> dict:
+    """O que `provar_gguf` devolveria para estas respostas."""
+    por_prova = [{"nll": nll * 10 + i, "tokens": 10} for i in range(len(respostas))]
+    return {"por_prova": por_prova, "respostas": respostas, "terminou": [terminou] * len(respostas)}
+
+
+def test_o_que_o_treino_nao_melhorou_e_dito() -> None:
+    provas = [{"resposta": f"A vacina {nome} fica na geladeira."} for nome in ("BCG", "VIP", "pentavalente", "HPV")]
+    certas, erradas = [prova["resposta"] for prova in provas], ["Não sei dizer."] * 4
+    iguais = ft.comparar_respostas(provas, lado(2, erradas, True), lado(2, erradas, True), 0)
+    assert all(base == final and minima == maxima == 0 for base, final, minima, maxima in iguais.values())
+    assert ft.dar_veredito(iguais).startswith("NÃO")
+    melhor = ft.comparar_respostas(provas, lado(2, erradas, False), lado(1, certas, True), 0)
+    assert melhor["perda"][:2] == pytest.approx([2.15, 1.15]) and melhor["chrF"][1] == 100
+    assert melhor["cobertura"][:2] == [0, 100] and melhor["terminou"][:2] == [0, 1]
+    assert ft.dar_veredito(melhor).startswith("Sim, na perda: de 2,150 a 1,150 (-46,5 %). Melhorou: perda, chr")
+    pior = ft.comparar_respostas(provas, lado(1, certas, True), lado(2, erradas, False), 0)
+    assert (
+        ft.dar_veredito(pior).startswith("NÃO") and "piorou: perda, chr" in ft.dar_veredito(pior).casefold() + "piorou"
+    )
+
+
+def test_a_cobertura_conta_numeros_e_palavras_de_conteudo() -> None:
+    assert ft.cobertura("Notificar em 24 horas, à vigilância.", "A VIGILÂNCIA recebe em 24 h") == 50
+    assert ft.cobertura("Sim.", "Sim") == 0
+
+
+def test_a_importancia_muda_a_quantizacao_e_a_aproxima_do_modelo(
+    execucao_phi3: tuple[Path, dict], phi3: Path, exemplos: list[dict], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    final = execucao_phi3[0] / "modelo_final"
+    tokenizer, modelo = AutoTokenizer.from_pretrained(phi3), carregar(final, "float32")
+    ft.converter(CONVERSOR, final, f16 := tmp_path / "f16.gguf")
+    ajustado = ft.ajustar_tokenizer(f16, "phi-3", tokenizer, [e["pergunta"] for e in exemplos])
+    np.save(certas := tmp_path / "certas.npy", np.concatenate(list(ft.logprobs(modelo, exemplos))))
+    kl = {}
+    for nome, importancia in (("sem", {}), ("com", ft.medir_importancia(modelo, exemplos))):
+        ft.quantizar(f16, arquivo := tmp_path / f"{nome}.gguf", "q4_k_m", ajustado, importancia)
+        kl[nome] = ft.em_outro_processo(ft.provar_gguf, arquivo, exemplos, certas, ft.ler_opcoes([]), 0)["kl"]
+    ajustado.close()
+    assert kl["com"] < kl["sem"]
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize(("prefixa", "primeiro"), [(False, 29949), (True, 438)], ids=["sem_prefixo", "com_prefixo"])
+def test_o_llama_cpp_tokeniza_como_o_treino_nas_duas_especies_de_tokenizer_do_phi3(
+    prefixa: bool, primeiro: int, vocabulario_phi3: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    base = construir_phi3(tmp_path / "minusculo", vocabulario_phi3, prefixa)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert ft.prompt_e_ids(tokenizer, "O que é APS?")[1][1] == primeiro
+    ft.converter(CONVERSOR, base, f16 := tmp_path / "f16.gguf")
+    perguntas = [linha["input"] for linha in linhas_reais(30)]
+    ajustado = ft.ajustar_tokenizer(f16, "minusculo", tokenizer, perguntas)
+    ft.quantizar(f16, arquivo := tmp_path / "pronto.gguf", "q8_0", ajustado, {})
+    ajustado.close()
+    conferir(arquivo, tokenizer, perguntas)
+
+
+def conferir(arquivo: Path, tokenizer, perguntas: list[str]) -> None:  # noqa: ANN001
+    """Abre o GGUF e exige dele os prompts do tokenizer."""
+    import llama_cpp
+
+    modelo = llama_cpp.Llama(str(arquivo), vocab_only=True, verbose=False)
+    fim = tokenizer.convert_tokens_to_ids(ft.achar_fim_de_turno(tokenizer).strip())
+    ft.conferir_prompts(modelo, arquivo, tuple((p, *ft.prompt_e_ids(tokenizer, p)) for p in perguntas), fim)
+    modelo.close()
+
+
+def test_o_llama_cpp_tokeniza_como_o_treino_num_modelo_chatml(demonstracao: tuple[Path, dict]) -> None:
+    from transformers import AutoTokenizer
+
+    saida, registro = demonstracao
+    tokenizer = AutoTokenizer.from_pretrained(saida / "modelo_final")
+    assert ft.achar_fim_de_turno(tokenizer) == "<|im_end|>"
+    for arquivo in registro["gguf"]:
+        conferir(saida / arquivo["arquivo"], tokenizer, [linha["input"] for linha in linhas_reais(30)])
+
+
+# ---------------------------------------------------------------- o cartão
+
+
+def test_o_cartao_tem_cabecalho_medidas_curva_e_exemplos(execucao_phi3: tuple[Path, dict]) -> None:
+    from huggingface_hub import ModelCard
+    from PIL import Image
+
+    saida, registro = execucao_phi3
+    cartao = ModelCard.load(saida / "README.md")
+    assert cartao.data.language == "pt" and cartao.data.pipeline_tag == "text-generation"
+    for arquivo in registro["gguf"]:
+        linha = next(linha for linha in cartao.text.splitlines() if f"`{arquivo['arquivo']}` |" in linha)
+        assert f"{arquivo['kl']:.4f}".replace(".", ",") in linha and arquivo["tipo"] in linha
+        assert arquivo["geracao_tok_s"] > 0 and arquivo["prompt_tok_s"] > 0 and arquivo["carga_s"] > 0
+    assert registro["sha256_dados"] in cartao.text and registro["maquina"] in cartao.text
+    assert cartao.text.count("- antes: `") == cartao.text.count("- depois: `") == 3
+    assert ft.dar_veredito(registro["comparacao"]) in cartao.text
+    passos = [passo for passo, nome, _ in registro["perda_validacao"]["curva"] if nome == "eval_perda"]
+    assert passos[0] == 0 and len(passos) == 3  # antes do treino e ao fim de cada uma das duas passagens
+    with Image.open(saida / "perda.png") as curva:
+        assert curva.width > 600 and len(curva.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_o_registro_soma_os_pesos_da_base(execucao_phi3: tuple[Path, dict], phi3: Path) -> None:
+    assert execucao_phi3[1]["sha256_base"] == {"model.safetensors": ft.sha256(phi3 / "model.safetensors")}
+
+
+# ---------------------------------------------------------------- sabotagens: o programa inteiro e uma mentira
+
+DEPOIS_DE_QUANTIZAR = """
+import gguf, numpy as np
+original = ft.quantizar
+def quantizar(f16, destino, tipo, *resto):
+    original(f16, destino, tipo, *resto)
+    if destino.name.startswith("novo_modelo"):
+        leitor = gguf.GGUFReader(destino, "r+")
+        {mentira}
+        leitor.data.flush()
+ft.quantizar = quantizar
+"""
+SABOTAGENS = {
+    "gguf_com_o_nome_da_pasta": (
+        "import types\noriginal = ft.quantizar\n"
+        "nada = types.SimpleNamespace(kv_overrides=None)\n"
+        "def quantizar(f16, destino, tipo, ajustado, importancia):\n"
+        "    sem = types.SimpleNamespace(model_params=nada, metadata=ajustado.metadata)\n"
+        "    original(f16, destino, tipo, sem, importancia)\n"
+        "ft.quantizar = quantizar\n",
+        ["novo_modelo.gguf: o prompt servido não é o do treino", "GGUF: ", "29871, 13"],
+    ),
+    "fim_de_turno_errado": (
+        DEPOIS_DE_QUANTIZAR.format(mentira="leitor.fields['tokenizer.ggml.eot_token_id'].parts[-1][0] = 32001"),
+        ["novo_modelo.gguf: o fim de turno é o token 32001, e o treino usou 32007"],
+    ),
+    "adaptador_nao_somado": (
+        "import peft\npeft.PeftModel.merge_and_unload = lambda modelo: modelo.unload()\n",
+        ["modelo_final não é a base mais o adaptador: KL "],
+    ),
+    "tensor_do_gguf_estragado": (
+        DEPOIS_DE_QUANTIZAR.format(
+            mentira="next(t for t in leitor.tensors if t.name == 'blk.0.ffn_down.weight').data[:] = 77"
+        ),
+        ["novo_modelo.gguf perdeu demais na quantização: KL "],
+    ),
+    "template_sem_uma_quebra_de_linha": (
+        "original = ft.converter\n"
+        "def converter(conversor, pasta, destino):\n"
+        "    if pasta.name == 'modelo_final':\n"
+        "        template = pasta / 'chat_template.jinja'\n"
+        "        texto = template.read_text()\n"
+        "        assert \"'<|assistant|>\\n' }}\" in texto\n"
+        "        template.write_text(texto.replace(\"'<|assistant|>\\n' }}\", \"'<|assistant|>' }}\"))\n"
+        "    original(conversor, pasta, destino)\n"
+        "ft.converter = converter\n",
+        ["novo_modelo.gguf: o prompt servido não é o do treino", "treino: '<|user|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("sabotagem", SABOTAGENS)
+def test_sabotagem_e_acusada_com_mensagem_e_codigo_1(sabotagem: str, phi3: Path, tmp_path: Path) -> None:
+    codigo, ditos = SABOTAGENS[sabotagem]
+    programa = f"import sys\nsys.path.insert(0, {str(RAIZ)!r})\nimport fine_tuning_saude as ft\n{codigo}"
+    opcoes = ["--modelo-base", phi3, "--dir-saida", tmp_path / "saida", "--dir-llama-cpp", RAIZ / "llama.cpp"]
+    comando = [sys.executable, "-c", f"{programa}\nsys.exit(ft.main())", *opcoes, *OPCOES_RAPIDAS]
+    feito = subprocess.run([*map(str, comando)], cwd=RAIZ, capture_output=True, text=True, encoding="utf-8")
+    assert feito.returncode == 1, feito.stdout + feito.stderr
+    for dito in ditos:
+        assert dito in feito.stderr, feito.stderr
+    assert "Traceback" not in feito.stderr and "Concluído" not in feito.stdout
+    assert json.loads((tmp_path / "saida" / "execucao.json").read_text())["situacao"] == "falhou"
+    sobraram = {a.name for a in (tmp_path / "saida").iterdir()} - {"adaptador_lora", "checkpoints", "modelo_final"}
+    assert sobraram <= {"execucao.json", "execucao.log", "base-f16.gguf"}, "o que não passou na prova não fica"
+
+
+def test_gguf_que_nao_abre_e_dito(tmp_path: Path, exemplos: list[dict]) -> None:
+    (ruim := tmp_path / "ruim.gguf").write_bytes(b"GGUF" + b"\0" * 64)
+    with pytest.raises(ft.FalhaNaExecucao, match=r"não abre .*ruim\.gguf"):
+        ft.em_outro_processo(ft.provar_gguf, ruim, exemplos, tmp_path, ft.ler_opcoes([]), 1)
+
+
+def derrubar(_: Path) -> None:
+    """Morre como o llama.cpp morre num arquivo estragado: sem exceção."""
+    import os
+
+    os.abort()
+
+
+def test_llama_cpp_que_cai_nao_derruba_o_programa(tmp_path: Path) -> None:
+    with pytest.raises(ft.FalhaNaExecucao, match="caiu ao usar"):
+        ft.em_outro_processo(derrubar, tmp_path / "ruim.gguf")
