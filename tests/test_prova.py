@@ -111,7 +111,9 @@ def test_o_que_o_treino_nao_melhorou_e_dito() -> None:
     melhor = ft.comparar_respostas(provas, lado(2, erradas, False), lado(1, certas, True), 0)
     assert melhor["perda"][:2] == pytest.approx([2.15, 1.15]) and melhor["chrF"][1] == 100
     assert melhor["cobertura"][:2] == [0, 100] and melhor["terminou"][:2] == [0, 1]
-    assert ft.dar_veredito(melhor).startswith("Sim, na perda: de 2,150 a 1,150 (-46,5 %). Melhorou: perda, chr")
+    assert ft.dar_veredito(melhor).startswith(
+        "Sim, na perda: de 2,150 a 1,150 (-46,5 %). Melhorou: perda, chrF, cobertura, terminou."
+    )
     pior = ft.comparar_respostas(provas, lado(1, certas, True), lado(2, erradas, False), 0)
     assert (
         ft.dar_veredito(pior).startswith("NÃO") and "piorou: perda, chr" in ft.dar_veredito(pior).casefold() + "piorou"
