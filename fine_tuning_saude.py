@@ -691,6 +691,8 @@ def atencao_por_exemplo(
     from torch.nn.functional import scaled_dot_product_attention
 
     tamanhos = [fim - inicio for inicio, fim in itertools.pairwise(cu_seq_lens_q)]
+    if max(tamanhos) > (janela := opcoes.get("sliding_window") or math.inf):
+        raise FalhaNaExecucao(f"o modelo base só vê {janela} tokens de cada vez: baixe MAX_LENGTH até esse número.")
     opcoes = dict(is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     # na CPU, a ida e a volta desta conta são mais rápidas em fp32 que em bf16
     tipo = torch.float32 if query.device.type == "cpu" else query.dtype
@@ -1441,15 +1443,15 @@ def citar(resposta: str) -> str:
 
 def dar_veredito(comparacao: dict[str, list[float]]) -> str:
     """Diz se o treino ajudou: em que o intervalo da diferença não inclui zero, e para que lado."""
-    melhor: dict[str, list[str]] = {"melhorou": [], "piorou": [], "sem diferença medida": []}
+    melhor: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
     for nome, (_, _, minima, maxima) in comparacao.items():
         if nome == "perda":
             minima, maxima = -maxima, -minima
-        melhor["melhorou" if minima > 0 else "piorou" if maxima < 0 else "sem diferença medida"].append(nome)
+        melhor["Melhorou" if minima > 0 else "Piorou" if maxima < 0 else "Sem diferença medida"].append(nome)
     de, para, *_ = comparacao["perda"]
-    sim = "Sim, na perda" if "perda" in melhor["melhorou"] else "NÃO, o treino não baixou a perda"
-    listas = "; ".join(f"{lado}: {', '.join(nomes)}" for lado, nomes in melhor.items() if nomes)
-    return f"{sim}: de {numero(de)} a {numero(para)} ({numero(100 * (para / de - 1), '+.1f')} %). {listas[0].upper()}{listas[1:]}."
+    sim = "Sim, na perda" if "perda" in melhor["Melhorou"] else "NÃO, o treino não baixou a perda"
+    listas = ". ".join(f"{lado}: {', '.join(nomes)}" for lado, nomes in melhor.items() if nomes)
+    return f"{sim}: de {numero(de)} a {numero(para)} ({numero(100 * (para / de - 1), '+.1f')} %). {listas}."
 
 
 def numero(valor: float, forma: str = ".3f") -> str:
