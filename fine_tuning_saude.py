@@ -548,6 +548,13 @@ def agrupar_parecidos(pares: list[Par]) -> tuple[list[list[Par]], int]:
     return list(grupos.values()), len(ligacoes)
 
 
+def sortear_exemplos(pares: list[Par], quantos: int, seed: int) -> list[Par]:
+    """Tantos pares, sorteados pela semente e pelo conteúdo, não pela ordem das linhas; todos, se `quantos` é 0."""
+    if not 0 < quantos < len(pares):
+        return pares
+    return random.Random(seed).sample(sorted(pares, key=lambda par: par[1:3]), quantos)
+
+
 def separar_validacao(grupos: list[list[Par]], fracao: float, seed: int) -> tuple[list[Par], list[Par]]:
     """Separa (treino, validação) por grupo inteiro, pela semente e pelo conteúdo, não pela ordem das linhas."""
     quota = max(1, round(fracao * sum(map(len, grupos))))
@@ -617,6 +624,8 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     log.info("      dispositivo de treino: %s", dispositivo)
     conversor = garantir_llama_cpp(cfg)
     dir_base = localizar_modelo_base(cfg)
+    pares = sortear_exemplos(pares, cfg.MAX_EXEMPLOS, cfg.SEED)
+    conferir_tamanhos(cfg, pares, carregar_tokenizer(dir_base))
     # a etapa 9 compara o modelo final com este; e, se o llama.cpp não aceita a base, é melhor saber antes do treino
     f16_base = Path(cfg.DIR_SAIDA) / "base-f16.gguf"
     converter(conversor, dir_base, f16_base)
@@ -643,11 +652,9 @@ def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
     )
 
 
-def etapa_3_modelo(
-    dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Carrega o tokenizer, com pad próprio e à direita, e o modelo base em 4 bits num só dispositivo."""
-    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+def carregar_tokenizer(dir_base: Path) -> PreTrainedTokenizerBase:
+    """O tokenizer do modelo base, com pad próprio e à direita."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(dir_base, trust_remote_code=False)
     if not tokenizer.chat_template:
@@ -658,6 +665,26 @@ def etapa_3_modelo(
     prompt = texto_do_prompt(tokenizer, "")
     tokenizer.pad_token = next(t for t in candidatos if t and t not in usados and t not in prompt)
     tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def conferir_tamanhos(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Encerra a execução, com linhas e tamanhos, se há exemplo maior que MAX_LENGTH e não é para descartá-lo."""
+    if cfg.DESCARTAR_LONGOS:
+        return
+    fim = achar_fim_de_turno(tokenizer)
+    tamanhos = sorted((len(codificar(tokenizer, fim, par)["input_ids"]), par.linha) for par in pares)
+    if longos := [f"{cfg.ARQUIVO_DADOS}:{linha}: {n} tokens" for n, linha in tamanhos if n > cfg.MAX_LENGTH]:
+        listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
+
+
+def etapa_3_modelo(
+    dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Carrega o tokenizer e o modelo base, em 4 bits, num só dispositivo."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    tokenizer = carregar_tokenizer(dir_base)
     modelo = AutoModelForCausalLM.from_pretrained(
         dir_base,
         quantization_config=quantizacao,
@@ -737,14 +764,9 @@ def etapa_5_dados(
     """Separa treino e validação; cada exemplo leva `input_ids`, `labels`, `pergunta`, `resposta`."""
     from datasets import Dataset
 
-    if 0 < cfg.MAX_EXEMPLOS < len(pares):
-        pares = random.Random(cfg.SEED).sample(sorted(pares, key=lambda par: par[1:3]), cfg.MAX_EXEMPLOS)
     fim = achar_fim_de_turno(tokenizer)
     codificados = {par.linha: codificar(tokenizer, fim, par) for par in pares}
     tamanhos = sorted((len(exemplo["input_ids"]), linha) for linha, exemplo in codificados.items())
-    longos = [f"{cfg.ARQUIVO_DADOS}:{linha}: {n} tokens" for n, linha in tamanhos if n > cfg.MAX_LENGTH]
-    if longos and not cfg.DESCARTAR_LONGOS:
-        listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
     pares = [par for par in pares if len(codificados[par.linha]["input_ids"]) <= cfg.MAX_LENGTH]
     grupos, ligacoes = agrupar_parecidos(pares)
     treino, validacao = separar_validacao(grupos, cfg.FRACAO_VALIDACAO, cfg.SEED)
@@ -753,7 +775,7 @@ def etapa_5_dados(
     minimo, mediana, p95, maximo = (tamanhos[int(q * (len(tamanhos) - 1))][0] for q in (0, 0.5, 0.95, 1))
     log.info("      treino %d, validação %d, temas %d", len(treino), len(validacao), len({p.tema for p in pares}))
     log.info("      tokens por exemplo: mínimo %d, mediana %d, p95 %d, máximo %d", minimo, mediana, p95, maximo)
-    log.info("      quase repetidos: %d; deixados de fora por longos: %d", ligacoes, len(longos))
+    log.info("      quase repetidos: %d; deixados de fora por longos: %d", ligacoes, len(tamanhos) - len(pares))
     exemplos = [[codificados[par.linha] | par._asdict() for par in parte] for parte in (treino, validacao)]
     return Dataset.from_list(exemplos[0]), Dataset.from_list(exemplos[1])
 

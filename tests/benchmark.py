@@ -82,7 +82,8 @@ def preparar(cfg: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     base = ft.preparar_modelo_demo(cfg)
     quantizacao = ft.etapa_2_quantizacao("cpu")
     tokenizer, _ = ft.etapa_3_modelo(base, "cpu", quantizacao)
-    treino, validacao = ft.etapa_5_dados(cfg, ft.ler_dados(cfg)[0], tokenizer)
+    pares = ft.sortear_exemplos(ft.ler_dados(cfg)[0], cfg.MAX_EXEMPLOS, cfg.SEED)
+    treino, validacao = ft.etapa_5_dados(cfg, pares, tokenizer)
     return base, tokenizer, treino, validacao
 
 

@@ -171,7 +171,7 @@ def test_exemplo_longo_e_erro_com_linha_e_tamanho_e_nunca_e_cortado(tmp_path: Pa
     feito = executar(*opcoes, pasta=tmp_path)
     assert feito.returncode == 2
     assert re.search(r"dados\.jsonl:4: \d{3,} tokens", feito.stderr)
-    assert "[7/9]" not in feito.stdout
+    assert "[2/9]" not in feito.stdout
 
 
 def test_base_sem_tokenizer_model_e_recusada_antes_do_treino(tmp_path: Path, phi3: Path) -> None:
