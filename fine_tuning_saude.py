@@ -136,7 +136,11 @@ EXATO_ATE = 10_000  # textos; acima disso os candidatos a parecidos vêm de MinH
 KL_MAXIMA = {"merge": 0.01, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
 PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucas provas
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
-TOP1_MINIMO = {"f16": 0.99}  # fração das posições em que o token mais provável tem de ser o mesmo
+TOP1_MINIMO = {
+    "f16": 0.99,
+    "q8_0": 0.85,
+    "q4_k_m": 0.6,
+}  # fração das posições em que o token mais provável tem de ser o mesmo
 PACOTES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece", "gguf"]
 PACOTES += ["llama-cpp-python", "rensa", "validate-docbr", "phonenumbers", "sacrebleu", "matplotlib"]
 log = logging.getLogger("fine_tuning_saude")
@@ -188,7 +192,7 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         parser.set_defaults(**TROCAS_DEMO)
     cfg = parser.parse_args(argv)
     positivas = ("MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LEARNING_RATE", "LOGGING_STEPS", "MAX_NEW_TOKENS")
-    for nome in (*positivas, "GRADIENT_ACCUMULATION_STEPS", "SAVE_STEPS"):
+    for nome in (*positivas, "GRADIENT_ACCUMULATION_STEPS", "SAVE_STEPS", "EXEMPLOS_PROVA"):
         if getattr(cfg, nome) <= 0:
             parser.error(f"{nome} deve ser maior que zero, e é {getattr(cfg, nome)}")
     if cfg.MAX_TOKENS_POR_LINHA < cfg.MAX_LENGTH:
@@ -252,7 +256,8 @@ def acalmar_bibliotecas() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for nome in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
+        logging.getLogger(nome).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     calar_llama_cpp()
@@ -617,6 +622,11 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
 
     if estranhos := [q for q in cfg.QUANTIZACOES_GGUF if not hasattr(LlamaFileType, f"MOSTLY_{q.upper()}")]:
         raise ErroDeUso(f"QUANTIZACOES_GGUF não conhece {', '.join(estranhos)}; exemplos: q8_0, q5_k_m, q4_k_m.")
+    com_matriz = [q for q in cfg.QUANTIZACOES_GGUF if re.match("iq[12]|iq3_xxs|q2_k_s", q.lower())]
+    if com_matriz and not cfg.EXEMPLOS_IMATRIX:
+        raise ErroDeUso(f"{', '.join(com_matriz)} pede EXEMPLOS_IMATRIX maior que zero.")
+    if os.name == "nt" and not cfg.DIR_SAIDA.isascii():  # o llama.cpp abre o arquivo na página de código antiga
+        raise ErroDeUso(f"no Windows, o llama.cpp não grava em pasta com acento ({cfg.DIR_SAIDA}): mude DIR_SAIDA.")
     acalmar_bibliotecas()
     Path(cfg.DIR_SAIDA).mkdir(parents=True, exist_ok=True)
     log.addHandler(logging.FileHandler(Path(cfg.DIR_SAIDA) / "execucao.log", mode="w", encoding="utf-8"))
@@ -694,7 +704,7 @@ def etapa_3_modelo(
         use_safetensors=True,
     )
     tamanho = modelo.get_memory_footprint() / 1e6
-    log.info("      %s, %.0f MB; pad %s", modelo.config.model_type, tamanho, tokenizer.pad_token)
+    log.info("      %s, %.0f MB em 4 bits; pad %s", modelo.config.model_type, tamanho, tokenizer.pad_token)
     if dispositivo == "cpu":
         # os mesmos valores de 4 bits, desfeitos uma vez e não a cada passo; e, com AVX-512 bf16, o bitsandbytes 0.50
         # reempacota a camada na primeira avaliação, e daí em diante ela não devolve gradiente, sem erro nenhum
@@ -814,7 +824,9 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
         data_seed=cfg.SEED,
     )
     try:
-        return TrainingArguments(**opcoes)
+        argumentos = TrainingArguments(**opcoes)
+        argumentos._n_gpu = 1  # com outra GPU à vista, o Trainer juntaria duas linhas em cada lote
+        return argumentos
     except ValueError as erro:
         raise ErroDeUso(f"o transformers recusou um argumento de treino: {str(erro).splitlines()[0]}") from erro
 
@@ -822,8 +834,9 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
 def empacotar(tamanhos: list[int], capacidade: int) -> list[list[int]]:
     """Reparte os índices de `tamanhos` em linhas de soma até `capacidade`: o maior primeiro, onde sobra menos.
 
-    É o best-fit decreasing, que usa no máximo 11/9 das linhas do melhor arranjo, como o first-fit decreasing, e acha o
-    lugar por busca binária. Quantas linhas saem só depende dos tamanhos, e não da ordem: é igual em todas as passagens.
+    É o best-fit decreasing, que usa no máximo 11/9 das linhas do melhor arranjo, mais uma, como o first-fit decreasing,
+    e acha o lugar por busca binária. Quantas linhas saem só depende dos tamanhos, e não da ordem: é igual em todas as
+    passagens.
     """
     linhas: list[list[int]] = []
     sobras: list[tuple[int, int]] = []  # (tokens livres, linha), em ordem
@@ -909,6 +922,10 @@ def etapa_7_treinamento(
         def __getitem__(self, i: int) -> dict[str, Any]:
             return juntar_exemplos([self.exemplos[j] for j in self.linhas[i]])
 
+    def uma_so(linhas: list[dict[str, Any]]) -> dict[str, Any]:
+        (linha,) = linhas
+        return linha
+
     class Diario(TrainerCallback):
         """Põe no diário da execução cada linha que o `Trainer` registra."""
 
@@ -922,7 +939,7 @@ def etapa_7_treinamento(
         args=argumentos,
         train_dataset=Linhas(treino),
         eval_dataset=Linhas(validacao),
-        data_collator=lambda linhas: linhas[0],
+        data_collator=uma_so,
         preprocess_logits_for_metrics=nll_por_token,
         compute_metrics=perda_media,
         callbacks=[Diario()],
@@ -972,7 +989,8 @@ def etapa_8_merge(
         referencia = list(logprobs(modelo, provas))
         importancia = medir_importancia(modelo, amostra) if amostra else {}
     exato = juntar_medidas(list(map(comparar_logprobs, certas, referencia, provas)))
-    exigir_fidelidade("merge", f"{cfg.DIR_SAIDA}/modelo_final não é a base mais o adaptador", exato)
+    perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
+    exigir_fidelidade("merge", perdido, exato)
     fim = tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
     eos = modelo.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
@@ -1064,8 +1082,9 @@ def juntar_medidas(medidas: list[dict[str, Any]]) -> dict[str, float]:
 
 def exigir_fidelidade(passo: str, falha: str, medida: dict[str, float]) -> None:
     """Mostra KL e top-1 e encerra a execução se passam do limite do passo (KL_MAXIMA, TOP1_MINIMO)."""
-    kl_maxima, top1_minimo = KL_MAXIMA.get(passo, float("inf")), TOP1_MINIMO.get(passo, 0.0)
-    dito = f"KL {medida['kl']:.2g} nats por token (limite {kl_maxima:g}), mesmo token mais provável em "
+    kl_maxima, top1_minimo = KL_MAXIMA.get(passo, math.inf), TOP1_MINIMO.get(passo, 0.0)
+    limite = f"limite {kl_maxima:g}" if passo in KL_MAXIMA else "sem limite"
+    dito = f"KL {medida['kl']:.2g} nats por token ({limite}), mesmo token mais provável em "
     dito += f"{medida['top1']:.1%} das posições" + (f" (mínimo {top1_minimo:.0%})" if top1_minimo else "")
     if not (medida["kl"] <= kl_maxima and medida["top1"] >= top1_minimo):  # NaN também não passa
         raise FalhaNaExecucao(f"{falha}: {dito}.")
@@ -1093,27 +1112,32 @@ def etapa_9_gguf(
     fim = tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
     # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
     with tempfile.TemporaryDirectory(prefix=".prova-", dir=saida) as temporaria:
-        f16, base, certas = (Path(temporaria) / nome for nome in ("f16.gguf", "base.gguf", "referencia.npy"))
+        pasta = saida / Path(temporaria).name
+        f16, base, certas = (pasta / nome for nome in ("f16.gguf", "base.gguf", "referencia.npy"))
         np.save(certas, np.concatenate(referencia))  # vai aos outros processos por arquivo: são centenas de MB
         converter(conversor, dir_final, f16)
         ajustado = ajustar_tokenizer(f16, Path(cfg.MODELO_BASE).name, tokenizer, perguntas)
         esperado = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
         medida = em_outro_processo(provar_gguf, f16, provas[:PROVAS_EXATAS], certas, cfg, 0)
-        exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final", medida)
+        exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
         # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
         quantizar(saida / "base-f16.gguf", base, tipos[-1], ajustado, importancia)
         (saida / "base-f16.gguf").unlink()
         antes = em_outro_processo(provar_gguf, base, provas, certas, cfg, len(provas))
         for tipo in tipos:
             nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
-            quantizar(f16, arquivo := Path(temporaria) / nome, tipo, ajustado, importancia)
+            quantizar(f16, arquivo := pasta / nome, tipo, ajustado, importancia)
             gerar = len(provas) if len(arquivos) + 1 == len(tipos) else 1
             medida = em_outro_processo(provar_gguf, arquivo, provas, certas, cfg, gerar, esperado, fim)
-            exigir_fidelidade(tipo, f"{nome} perdeu demais na quantização", medida)
+            perdeu = f"{nome} perdeu demais na quantização; ponha em QUANTIZACOES_GGUF um tipo maior, como q5_k_m"
+            exigir_fidelidade(tipo, perdeu, medida)
             sobre = {"arquivo": nome, "tipo": tipo, "bytes": arquivo.stat().st_size, "sha256": sha256(arquivo)}
             arquivos.append(sobre | medida)
-            os.replace(arquivo, saida / nome)
         ajustado.close()
+        for antigo in saida.glob("novo_modelo*.gguf"):
+            antigo.unlink()
+        for pronto in arquivos:
+            os.replace(pasta / pronto["arquivo"], saida / pronto["arquivo"])
     escrever_modelfile(tokenizer, saida, arquivos[-1]["arquivo"], cfg.MAX_LENGTH)
     return arquivos, antes, comparar_respostas(provas, antes, arquivos[-1], cfg.SEED)
 
@@ -1146,8 +1170,8 @@ def ajustar_tokenizer(gguf: Path, nome: str, tokenizer: PreTrainedTokenizerBase,
     }
     diferenca = ""
     for nome_geral, espaco, bos in itertools.product((nome, f"Phi-3 {nome}"), (False, True), (False, True)):
-        ajustes |= {"general.name": nome_geral[:127], "tokenizer.ggml.add_space_prefix": espaco}
-        ajustes |= {"tokenizer.ggml.add_bos_token": bos}
+        ajustes |= {"tokenizer.ggml.add_space_prefix": espaco, "tokenizer.ggml.add_bos_token": bos}
+        ajustes["general.name"] = nome_geral.encode()[:127].decode(errors="ignore")  # o llama.cpp guarda 127 bytes
         vocabulario = Llama(str(gguf), vocab_only=True, verbose=False, kv_overrides=ajustes)
         obtidos = [vocabulario.tokenize(prompt.encode(), add_bos=True, special=True) for prompt in prompts]
         if obtidos == list(esperados):
@@ -1155,7 +1179,10 @@ def ajustar_tokenizer(gguf: Path, nome: str, tokenizer: PreTrainedTokenizerBase,
         vocabulario.close()
         i = next(i for i, ids in enumerate(obtidos) if ids != esperados[i])
         diferenca = diferenca or f"prompt: {prompts[i]!r}\n  treino: {esperados[i]}\n  llama.cpp: {obtidos[i]}"
-    raise FalhaNaExecucao(f"o llama.cpp não tokeniza os prompts como o treino:\n  {diferenca}")
+    raise FalhaNaExecucao(
+        "o llama.cpp não tokeniza os prompts como o treino, e o GGUF deste modelo base não serviria; o modelo treinado "
+        f"está pronto em safetensors, na pasta modelo_final:\n  {diferenca}"
+    )
 
 
 def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama, importancia: dict[str, Any]) -> None:
@@ -1165,7 +1192,10 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama, importancia:
 
     arquitetura = next(a for a, nome in MODEL_ARCH_NAMES.items() if nome == ajustado.metadata["general.architecture"])
     nomes = get_tensor_name_map(arquitetura, int(ajustado.metadata[f"{MODEL_ARCH_NAMES[arquitetura]}.block_count"]))
-    no_gguf = {n: valores for nome, valores in importancia.items() if (n := nomes.get_name(nome))}
+    # só os blocos, como o llama-imatrix: na projeção de saída a matriz atrapalha
+    no_gguf = {n: v for nome, v in importancia.items() if (n := nomes.get_name(nome) or "").startswith("blk.")}
+    if importancia and not no_gguf:
+        raise FalhaNaExecucao("nenhuma camada medida tem nome no GGUF: use --exemplos-imatrix 0 com este modelo base.")
     matriz = (llama_cpp.llama_model_imatrix_data * (len(no_gguf) + 1))()  # a última, vazia, marca o fim
     for item, (nome, valores) in zip(matriz, no_gguf.items(), strict=False):
         item.name, item.size = f"{nome}.weight".encode(), len(valores)
@@ -1184,7 +1214,10 @@ def em_outro_processo(funcao: Any, gguf: Path, *resto: Any) -> Any:
         try:
             return processo.submit(funcao, gguf, *resto).result()
         except BrokenProcessPool as erro:
-            raise FalhaNaExecucao(f"o llama.cpp caiu ao usar {gguf}: o arquivo está estragado.") from erro
+            motivo = "o arquivo está estragado, ou faltou memória: feche outros programas e execute de novo"
+            raise FalhaNaExecucao(f"o llama.cpp caiu ao usar {gguf}: {motivo}.") from erro
+        except (ValueError, RuntimeError) as erro:
+            raise FalhaNaExecucao(f"o llama.cpp não abre {gguf}, ou não o usa: {erro}") from erro
 
 
 def provar_gguf(
@@ -1211,10 +1244,7 @@ def provar_gguf(
     nucleos = psutil.cpu_count(logical=False)
     opcoes = dict(n_threads=nucleos, n_threads_batch=nucleos, seed=cfg.SEED, verbose=False)
     inicio = time.perf_counter()
-    try:
-        modelo = llama_cpp.Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, **opcoes)
-    except ValueError as erro:
-        raise FalhaNaExecucao(f"o llama.cpp não abre {gguf}: {erro}") from None
+    modelo = llama_cpp.Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, **opcoes)
     medida: dict[str, Any] = {"carga_s": time.perf_counter() - inicio, "respostas": [], "terminou": []}
     conferir_prompts(modelo, gguf, esperado, fim)
     for prova in provas[:gerar]:  # gulosa, pelo chat template do arquivo, como um servidor
@@ -1222,8 +1252,8 @@ def provar_gguf(
         feita = modelo.create_chat_completion(conversa, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
         medida["respostas"].append(feita["message"]["content"])
         medida["terminou"].append(feita["finish_reason"] == "stop")
-        if not medida["respostas"][-1].strip():
-            raise FalhaNaExecucao(f"{gguf} abriu, mas deu uma resposta vazia a: {prova['pergunta']}")
+    if esperado and not any(resposta.strip() for resposta in medida["respostas"]):
+        raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {provas[0]['pergunta']}")
     tempos = llama_cpp.llama_perf_context(modelo.ctx)
     medida["prompt_tok_s"] = 1000 * tempos.n_p_eval / max(tempos.t_p_eval_ms, 1e-9)
     medida["geracao_tok_s"] = 1000 * tempos.n_eval / max(tempos.t_eval_ms, 1e-9)
@@ -1357,8 +1387,9 @@ treinados em 4 bits (QLoRA), somados à base e convertidos em GGUF. Feito por `f
 
 {veredito}
 
-Base e modelo final no mesmo tipo de GGUF ({tipo}), nas mesmas {n} perguntas da validação, que o treino nunca viu;
-respostas gulosas de até {tokens} tokens; intervalo de 95 % da diferença, por bootstrap sobre as perguntas.
+Base e modelo final no mesmo tipo de GGUF ({tipo}), com a mesma importance matrix, a do modelo final, nas mesmas {n}
+perguntas da validação, que o treino nunca viu; respostas gulosas de até {tokens} tokens; intervalo de 95 % da
+diferença, por bootstrap sobre as perguntas.
 
 | medida | base | final | diferença |
 |---|---:|---:|---:|
@@ -1379,7 +1410,7 @@ de referência. Velocidade e memória: {maquina}; contexto de {contexto} tokens.
 
 Os prompts de cada arquivo, escritos pelo template dele, foram comparados id por id com os do treino, e são iguais.
 
-## Três perguntas da validação
+## Perguntas da validação, antes e depois
 
 {exemplos}
 
@@ -1431,7 +1462,7 @@ def escrever_cartao(cfg: argparse.Namespace, dados: dict[str, Any], provas: list
         nome=f"{Path(cfg.MODELO_BASE).name}, ajustado para a APS",
         base=Path(cfg.MODELO_BASE).name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE,
         inicio=dados["inicio"],
-        veredito=dar_veredito(comparacao),
+        veredito=dar_veredito(comparacao, len(provas)),
         tipo=servido["tipo"],
         n=len(provas),
         tokens=cfg.MAX_NEW_TOKENS,
@@ -1463,17 +1494,20 @@ def citar(resposta: str) -> str:
     return "`" + " ".join(resposta.replace("`", "'").split()) + "`"
 
 
-def dar_veredito(comparacao: dict[str, list[float]]) -> str:
+def dar_veredito(comparacao: dict[str, list[float]], perguntas: int) -> str:
     """Diz se o treino ajudou: em que o intervalo da diferença não inclui zero, e para que lado."""
-    melhor: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
-    for nome, (_, _, minima, maxima) in comparacao.items():
-        if nome == "perda":
-            minima, maxima = -maxima, -minima
-        melhor["Melhorou" if minima > 0 else "Piorou" if maxima < 0 else "Sem diferença medida"].append(nome)
     de, para, *_ = comparacao["perda"]
-    sim = "Sim, na perda" if "perda" in melhor["Melhorou"] else "NÃO, o treino não baixou a perda"
-    listas = ". ".join(f"{lado}: {', '.join(nomes)}" for lado, nomes in melhor.items() if nomes)
-    return f"{sim}: de {numero(de)} a {numero(para)} ({numero(100 * (para / de - 1), '+.1f')} %). {listas}."
+    perda = f"de {numero(de)} a {numero(para)} ({numero(100 * (para / de - 1), '+.1f')} %)"
+    if perguntas < 5:
+        return f"{perguntas} pergunta(s) de validação são de menos para dizer; nelas, a perda foi {perda}."
+    lados: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
+    for nome, (_, _, minima, maxima) in comparacao.items():
+        if nome == "perda":  # a única em que menos é melhor
+            minima, maxima = -maxima, -minima
+        lados["Melhorou" if minima > 0 else "Piorou" if maxima < 0 else "Sem diferença medida"].append(nome)
+    frases = {"Melhorou": "Sim, na perda", "Piorou": "NÃO, a perda piorou"}
+    sim = next((frases[lado] for lado in frases if "perda" in lados[lado]), "NÃO se mediu queda da perda")
+    return f"{sim}: {perda}. " + " ".join(f"{lado}: {', '.join(nomes)}." for lado, nomes in lados.items() if nomes)
 
 
 def numero(valor: float, forma: str = ".3f") -> str:
@@ -1508,8 +1542,9 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         modelo = etapa_4_lora(cfg, base)
     with registro.etapa(5, "Dados"):
         treino, validacao = etapa_5_dados(cfg, pares, tokenizer)
-        amostra = treino.select(range(min(cfg.EXEMPLOS_IMATRIX, len(treino)))).to_list()
-        provas = validacao.select(range(min(cfg.EXEMPLOS_PROVA, len(validacao)))).to_list()
+        # sorteados, porque a separação por grupos deixa os parecidos juntos
+        amostra = treino.shuffle(cfg.SEED).select(range(min(cfg.EXEMPLOS_IMATRIX, len(treino)))).to_list()
+        provas = validacao.shuffle(cfg.SEED).select(range(min(cfg.EXEMPLOS_PROVA, len(validacao)))).to_list()
         perguntas = validacao["pergunta"][:] + treino["pergunta"][:AMOSTRA_PROMPTS]
     with registro.etapa(6, "Argumentos de treino"):
         argumentos = etapa_6_argumentos(cfg, dispositivo, quantizacao)
@@ -1531,7 +1566,7 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     for arquivo in arquivos:
         tamanho, kl, velocidade = arquivo["bytes"] / 1e6, arquivo["kl"], arquivo["geracao_tok_s"]
         log.info("  %-26s %6.0f MB  KL %.4f  %5.1f tok/s", arquivo["arquivo"], tamanho, kl, velocidade)
-    log.info("  melhor que a base, no GGUF final? %s", dar_veredito(comparacao))
+    log.info("  melhor que a base, no GGUF final? %s", dar_veredito(comparacao, len(provas)))
     log.info("  medidas, exemplos e como usar: %s", Path(cfg.DIR_SAIDA) / "README.md")
     log.info("  no Ollama: cd %s && ollama create saude-aps -f Modelfile && ollama run saude-aps", cfg.DIR_SAIDA)
 
@@ -1559,6 +1594,7 @@ def main(argv: list[str] | None = None) -> int:
     if registro.dados["etapas"]:
         with contextlib.suppress(OSError):
             registro.gravar(situacao="falhou", erro=erro)
+            (Path(cfg.DIR_SAIDA) / "base-f16.gguf").unlink(missing_ok=True)
     return codigo
 
 

@@ -16,8 +16,8 @@ PROGRAMA = RAIZ / "fine_tuning_saude.py"
 DADOS = RAIZ / "perguntas_respostas_APS_2000.jsonl"
 # poucas linhas, taxa alta e várias passagens: o adaptador de um modelo minúsculo muda o bastante para ser visto
 OPCOES_RAPIDAS = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-epochs", "2", "--max-exemplos", "24"]
-OPCOES_RAPIDAS += ["--fracao-validacao", "0.2", "--max-new-tokens", "8", "--gradient-accumulation-steps", "2"]
-OPCOES_RAPIDAS += ["--exemplos-prova", "4", "--exemplos-imatrix", "4"]
+OPCOES_RAPIDAS += ["--fracao-validacao", "0.25", "--max-new-tokens", "8", "--gradient-accumulation-steps", "2"]
+OPCOES_RAPIDAS += ["--exemplos-prova", "5", "--exemplos-imatrix", "4"]
 OPCOES_RAPIDAS += ["--max-length", "512", "--max-tokens-por-linha", "512"]
 
 

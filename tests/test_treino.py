@@ -125,7 +125,7 @@ def test_duzentos_mil_exemplos_sao_empacotados_em_segundos() -> None:
 
 
 def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia(
-    phi3: Path, exemplos: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phi3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from datasets import Dataset
 
