@@ -967,7 +967,9 @@ def etapa_8_merge(
     provas: list[dict[str, Any]],
     amostra: list[dict[str, Any]],
 ) -> tuple[Path, list[Any], dict[str, Any]]:
-    """Soma os adaptadores à base em 16 bits, prova que o treino está na soma e grava-a em `modelo_final/`.
+    """Soma os adaptadores à base, prova que o treino está na soma e grava-a em 16 bits em `modelo_final/`.
+
+    A base é a original ou, com MERGE_NA_BASE_NF4, a de 4 bits desfeita, que é a que o treino viu.
 
     Devolve a pasta, as log-probabilidades do modelo final em cada exemplo de `provas` (`logprobs`) e a importância
     de cada camada medida em `amostra` (`medir_importancia`).
