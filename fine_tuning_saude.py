@@ -980,8 +980,8 @@ def etapa_8_merge(
 
     opcoes = dict(dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
     if cfg.MERGE_NA_BASE_NF4:
-        base = AutoModelForCausalLM.from_pretrained(dir_base, quantization_config=quantizacao, **opcoes).dequantize()
-        base = base.to(torch.bfloat16)
+        base = AutoModelForCausalLM.from_pretrained(dir_base, quantization_config=quantizacao, **opcoes)
+        base = base.dequantize(dtype=torch.bfloat16)  # .to() levaria a bf16 também as frequências do RoPE
     else:
         base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
     com_adaptador = PeftModel.from_pretrained(base, Path(cfg.DIR_SAIDA) / "adaptador_lora")
