@@ -134,13 +134,10 @@ PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de c
 EXATO_ATE = 10_000  # textos; acima disso os candidatos a parecidos vêm de MinHash
 # divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
 KL_MAXIMA = {"merge": 0.01, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
+# fração das posições em que o token mais provável tem de ser o mesmo
+TOP1_MINIMO = {"f16": 0.99, "q8_0": 0.85, "q4_k_m": 0.6}
 PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucas provas
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
-TOP1_MINIMO = {
-    "f16": 0.99,
-    "q8_0": 0.85,
-    "q4_k_m": 0.6,
-}  # fração das posições em que o token mais provável tem de ser o mesmo
 PACOTES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece", "gguf"]
 PACOTES += ["llama-cpp-python", "rensa", "validate-docbr", "phonenumbers", "sacrebleu", "matplotlib"]
 log = logging.getLogger("fine_tuning_saude")
@@ -596,6 +593,11 @@ def achar_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> str:
     return cauda[: posicao + len(token)]
 
 
+def id_do_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id do token especial de `achar_fim_de_turno`, em que o modelo tem de parar."""
+    return tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
+
+
 def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par) -> dict[str, list[int]]:
     """Transforma um par em `input_ids` e `labels`; só a resposta e seu fim de turno têm rótulo."""
     prompt, ids_prompt = prompt_e_ids(tokenizer, par.pergunta)
@@ -989,14 +991,13 @@ def etapa_8_merge(
         certas = list(logprobs(com_adaptador, provas[:PROVAS_EXATAS]))
         modelo = com_adaptador.merge_and_unload()
         referencia = list(logprobs(modelo, provas))
-        importancia = medir_importancia(modelo, amostra) if amostra else {}
+        importancia = medir_importancia(modelo, amostra)
     exato = juntar_medidas(list(map(comparar_logprobs, certas, referencia, provas)))
     perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
     exigir_fidelidade("merge", perdido, exato)
-    fim = tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
     eos = modelo.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
-    modelo.generation_config.eos_token_id = sorted({*eos, fim})
+    modelo.generation_config.eos_token_id = sorted({*eos, id_do_fim_de_turno(tokenizer)})
     dir_final = Path(cfg.DIR_SAIDA) / "modelo_final"
     with pasta_inteira(dir_final) as provisoria:
         modelo.save_pretrained(provisoria, max_shard_size=cfg.MAX_SHARD_SIZE)
@@ -1111,15 +1112,15 @@ def etapa_9_gguf(
     import numpy as np
 
     saida, tipos, arquivos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF], []
-    fim = tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
+    fim = id_do_fim_de_turno(tokenizer)
+    esperado = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
     # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
     with tempfile.TemporaryDirectory(prefix=".prova-", dir=saida) as temporaria:
         pasta = saida / Path(temporaria).name
         f16, base, certas = (pasta / nome for nome in ("f16.gguf", "base.gguf", "referencia.npy"))
         np.save(certas, np.concatenate(referencia))  # vai aos outros processos por arquivo: são centenas de MB
         converter(conversor, dir_final, f16)
-        ajustado = ajustar_tokenizer(f16, Path(cfg.MODELO_BASE).name, tokenizer, perguntas)
-        esperado = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
+        ajustado = ajustar_tokenizer(f16, Path(cfg.MODELO_BASE).name, esperado, fim)
         medida = em_outro_processo(provar_gguf, f16, provas[:PROVAS_EXATAS], certas, cfg, 0)
         exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
         # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
@@ -1157,19 +1158,17 @@ def converter(conversor: Path, pasta: Path, destino: Path) -> None:
         raise FalhaNaExecucao(f"{conversor} não converteu {pasta} (código {feito.returncode}) e disse:\n  {fim}")
 
 
-def ajustar_tokenizer(gguf: Path, nome: str, tokenizer: PreTrainedTokenizerBase, perguntas: list[str]) -> Llama:
+def ajustar_tokenizer(gguf: Path, nome: str, esperado: tuple[tuple[str, str, list[int]], ...], fim: int) -> Llama:
     """Acha os metadados com que o llama.cpp tokeniza os prompts exatamente como o treino os tokenizou.
 
     O certo depende dos arquivos do tokenizer de cada modelo (espaço inicial, bos), e o llama.cpp só engole a quebra de
-    linha depois dos tokens do Phi-3 quando general.name contém "phi-3": em vez de supor, compara os ids. Devolve o
-    vocabulário aberto com os metadados certos em `kv_overrides`.
+    linha depois dos tokens do Phi-3 quando general.name contém "phi-3": em vez de supor, compara os ids com os de
+    `esperado` (pergunta, prompt, ids). Devolve o vocabulário aberto com os metadados certos em `kv_overrides`.
     """
     from llama_cpp import Llama
 
-    prompts, esperados = zip(*(prompt_e_ids(tokenizer, pergunta) for pergunta in perguntas), strict=True)
-    ajustes: dict[str, bool | int | float | str] = {
-        "tokenizer.ggml.eot_token_id": tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
-    }
+    _, prompts, esperados = zip(*esperado, strict=True)
+    ajustes: dict[str, bool | int | float | str] = {"tokenizer.ggml.eot_token_id": fim}
     diferenca = ""
     for nome_geral, espaco, bos in itertools.product((nome, f"Phi-3 {nome}"), (False, True), (False, True)):
         ajustes |= {"tokenizer.ggml.add_space_prefix": espaco, "tokenizer.ggml.add_bos_token": bos}
@@ -1318,18 +1317,17 @@ def comparar_respostas(
     import numpy as np
     from sacrebleu import sentence_chrf
 
-    certas = [prova["resposta"] for prova in provas]
+    lados, certas = (antes, depois), [prova["resposta"] for prova in provas]
     tokens = np.array([medida["tokens"] for medida in antes["por_prova"]])
+
+    def notas(nota: Any) -> list[list[float]]:
+        return [[nota(certa, dita) for certa, dita in zip(certas, lado["respostas"], strict=True)] for lado in lados]
+
     valores = {
-        "perda": [[m["nll"] / m["tokens"] for m in lado["por_prova"]] for lado in (antes, depois)],
-        "chrF": [
-            [sentence_chrf(d, [c]).score for c, d in zip(certas, lado["respostas"], strict=True)]
-            for lado in (antes, depois)
-        ],
-        "cobertura": [
-            [cobertura(c, d) for c, d in zip(certas, lado["respostas"], strict=True)] for lado in (antes, depois)
-        ],
-        "terminou": [lado["terminou"] for lado in (antes, depois)],
+        "perda": [[m["nll"] / m["tokens"] for m in lado["por_prova"]] for lado in lados],
+        "chrF": notas(lambda certa, dita: sentence_chrf(dita, [certa]).score),
+        "cobertura": notas(cobertura),
+        "terminou": [lado["terminou"] for lado in lados],
     }
     sorteios = np.random.default_rng(seed).integers(0, len(provas), (2000, len(provas)))
     tabela = {}

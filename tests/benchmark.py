@@ -20,15 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-RAIZ = Path(__file__).parent.parent
-sys.path.insert(0, str(RAIZ))
-import fine_tuning_saude as ft  # noqa: E402
+from conftest import DADOS
+
+import fine_tuning_saude as ft
 
 BRACOS = {"ingênua": "receita ingênua", "trl": "TRL SFTTrainer", "nosso": "este programa"}
 
 
 def pico_de_matmul() -> float:
-    """FLOP por segundo do maior produto de matrizes bf16 desta máquina, o melhor de cinco."""
+    """FLOP por segundo do maior produto de matrizes bf16 desta máquina, o melhor de seis."""
     import torch
 
     a, b = torch.randn(2, 2048, 2048, dtype=torch.bfloat16)
@@ -52,12 +52,15 @@ class Relogio:
 
         def contado(exemplos: Any) -> Any:
             lote = juntar(exemplos)
-            tokens, respostas = reais(lote)
-            self.tokens.append(int(tokens))
-            self.respostas.append(int(respostas))
+            self.anotar(*reais(lote))
             return lote
 
         return contado
+
+    def anotar(self, tokens: Any, respostas: Any) -> None:
+        """Soma à conta um lote com tantos tokens reais e de resposta."""
+        self.tokens.append(int(tokens))
+        self.respostas.append(int(respostas))
 
     def callback(self) -> Any:
         """O callback que anota as horas."""
@@ -78,10 +81,9 @@ class Relogio:
 
 
 def preparar(cfg: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    """Modelo base em NF4, tokenizer, treino e validação da demonstração."""
+    """Pasta do modelo base, tokenizer, treino e validação da demonstração."""
     base = ft.preparar_modelo_demo(cfg)
-    quantizacao = ft.etapa_2_quantizacao("cpu")
-    tokenizer, _ = ft.etapa_3_modelo(base, "cpu", quantizacao)
+    tokenizer = ft.carregar_tokenizer(base)
     pares = ft.sortear_exemplos(ft.ler_dados(cfg)[0], cfg.MAX_EXEMPLOS, cfg.SEED)
     treino, validacao = ft.etapa_5_dados(cfg, pares, tokenizer)
     return base, tokenizer, treino, validacao
@@ -112,11 +114,8 @@ def treinar_ingenua(cfg: argparse.Namespace, relogio: Relogio) -> tuple[Any, dic
         ids = torch.full((1, 512), tokenizer.pad_token_id)
         ids[0, : len(exemplo["input_ids"])] = torch.tensor(exemplo["input_ids"])
         real = torch.arange(512)[None] < len(exemplo["input_ids"])
-        respostas = sum(rotulo != ft.IGNORADO for rotulo in exemplo["labels"])
-        lote = {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, ft.IGNORADO)}
-        relogio.respostas.append(respostas)
-        relogio.tokens.append(int(real.sum()))
-        return lote
+        relogio.anotar(real.sum(), sum(rotulo != ft.IGNORADO for rotulo in exemplo["labels"]))
+        return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, ft.IGNORADO)}
 
     opcoes = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, bf16=True, remove_unused_columns=False)
     argumentos = TrainingArguments(**opcoes, **comuns(cfg), activation_checkpointing=True)
@@ -207,15 +206,12 @@ def correr(braco: str, opcoes: list[str]) -> dict[str, float]:
     medidas["memoria"] = ft.memoria_maxima()
     exemplos = validacao.to_list()
     provas = [ft.comparar_logprobs(p, p, e) for p, e in zip(ft.logprobs(modelo, exemplos), exemplos, strict=True)]
-    parametros = sum(peso.numel() for peso in modelo.get_base_model().parameters() if not peso.requires_grad)
-    if braco != "nosso":  # o NF4 guarda dois pesos por byte
-        parametros = medidas_do_modelo(cfg)
-    share = 4 * parametros * medidas["tokens_s"] / pico
-    return medidas | {"perda": ft.juntar_medidas(provas)["nll"], "parte_do_pico": share, "pico": pico}
+    parte = 4 * contar_parametros(cfg) * medidas["tokens_s"] / pico
+    return medidas | {"perda": ft.juntar_medidas(provas)["nll"], "parte_do_pico": parte, "pico": pico}
 
 
-def medidas_do_modelo(cfg: argparse.Namespace) -> int:
-    """Parâmetros da base, lidos da configuração."""
+def contar_parametros(cfg: argparse.Namespace) -> int:
+    """Parâmetros da base, pela configuração: o modelo em NF4 guarda dois pesos por byte e contaria a menos."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -232,7 +228,7 @@ def main() -> None:
     args = parser.parse_args()
     saida = Path(tempfile.gettempdir()) / "benchmark-aps"
     opcoes = ["--dir-saida", str(saida), "--max-exemplos", str(args.exemplos), "--fracao-validacao", "0.2"]
-    opcoes += ["--arquivo-dados", str(RAIZ / "perguntas_respostas_APS_2000.jsonl")]
+    opcoes += ["--arquivo-dados", str(DADOS)]
     if args.braco:
         print(json.dumps(correr(args.braco, opcoes)))
         return

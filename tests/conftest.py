@@ -26,6 +26,17 @@ def linhas_reais(quantas: int | None = None) -> list[dict[str, str]]:
     return [json.loads(linha) for linha in DADOS.read_text(encoding="utf-8").splitlines()[:quantas]]
 
 
+def exemplos_reais(base: Path, quantos: int) -> list[dict]:
+    """As primeiras linhas do arquivo de dados, codificadas como na etapa 5 com o tokenizer do Phi-3 em `base`."""
+    from transformers import AutoTokenizer
+
+    import fine_tuning_saude as ft
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    pares = [ft.Par(i, linha["input"], linha["output"]) for i, linha in enumerate(linhas_reais(quantos))]
+    return [ft.codificar(tokenizer, "<|end|>", par) | par._asdict() for par in pares]
+
+
 def executar(*opcoes: object, pasta: Path = RAIZ, **ambiente: str) -> subprocess.CompletedProcess[str]:
     """Executa o programa em `pasta`, com o llama.cpp do projeto, e devolve código de saída e o que ele disse."""
     comando = [sys.executable, str(PROGRAMA), "--dir-llama-cpp", str(RAIZ / "llama.cpp"), *map(str, opcoes)]

@@ -4,9 +4,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import RAIZ, executar
+from conftest import DADOS, RAIZ, executar
 
-DADOS_BONS = ("--arquivo-dados", RAIZ / "perguntas_respostas_APS_2000.jsonl")
 BOA = b'{"input": "O que \xc3\xa9 a APS?", "output": "\xc3\x89 a porta de entrada do SUS."}\n'
 OUTRA = b'{"input": "Quem comp\xc3\xb5e a eSF?", "output": "M\xc3\xa9dico, enfermeiro, t\xc3\xa9cnico e ACS."}\n'
 RUINS = {
@@ -113,7 +112,8 @@ def test_opcao_impossivel_sai_com_codigo_2(opcao: tuple[str, str], tmp_path: Pat
 
 
 def test_tipo_que_exige_importance_matrix_e_recusado_antes_do_treino(tmp_path: Path) -> None:
-    feito = executar("--demo", "--quantizacoes-gguf", "iq2_xxs", "--exemplos-imatrix", "0", *DADOS_BONS, pasta=tmp_path)
+    dados = ("--arquivo-dados", DADOS)
+    feito = executar("--demo", "--quantizacoes-gguf", "iq2_xxs", "--exemplos-imatrix", "0", *dados, pasta=tmp_path)
     assert feito.returncode == 2
     assert "iq2_xxs pede EXEMPLOS_IMATRIX" in feito.stderr and not list(tmp_path.iterdir())
 

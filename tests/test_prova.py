@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import OPCOES_RAPIDAS, RAIZ, linhas_reais
+from conftest import OPCOES_RAPIDAS, RAIZ, exemplos_reais, linhas_reais
 from modelos import construir_phi3
 
 import fine_tuning_saude as ft
@@ -19,11 +19,12 @@ CONVERSOR = RAIZ / "llama.cpp" / "convert_hf_to_gguf.py"
 @pytest.fixture(scope="module")
 def exemplos(phi3: Path) -> list[dict]:
     """Seis exemplos reais, codificados como na etapa 5."""
-    from transformers import AutoTokenizer
+    return exemplos_reais(phi3, 6)
 
-    tokenizer = AutoTokenizer.from_pretrained(phi3)
-    pares = [ft.Par(i, linha["input"], linha["output"]) for i, linha in enumerate(linhas_reais(6))]
-    return [ft.codificar(tokenizer, "<|end|>", par) | par._asdict() for par in pares]
+
+def esperar(tokenizer, perguntas: list[str]) -> tuple[tuple[str, str, list[int]], ...]:  # noqa: ANN001
+    """O que o GGUF tem de escrever e tokenizar para estas perguntas."""
+    return tuple((pergunta, *ft.prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
 
 
 def carregar(pasta: Path, tipo: str):  # noqa: ANN201
@@ -132,7 +133,8 @@ def test_a_importancia_muda_a_quantizacao_e_a_aproxima_do_modelo(
     final = execucao_phi3[0] / "modelo_final"
     tokenizer, modelo = AutoTokenizer.from_pretrained(phi3), carregar(final, "float32")
     ft.converter(CONVERSOR, final, f16 := tmp_path / "f16.gguf")
-    ajustado = ft.ajustar_tokenizer(f16, "phi-3", tokenizer, [e["pergunta"] for e in exemplos])
+    esperado = esperar(tokenizer, [e["pergunta"] for e in exemplos])
+    ajustado = ft.ajustar_tokenizer(f16, "phi-3", esperado, ft.id_do_fim_de_turno(tokenizer))
     np.save(certas := tmp_path / "certas.npy", np.concatenate(list(ft.logprobs(modelo, exemplos))))
     kl = {}
     for nome, importancia in (("sem", {}), ("com", ft.medir_importancia(modelo, exemplos))):
@@ -178,7 +180,7 @@ def test_o_llama_cpp_tokeniza_como_o_treino_nas_duas_especies_de_tokenizer_do_ph
     assert ft.prompt_e_ids(tokenizer, "O que é APS?")[1][1] == primeiro
     ft.converter(CONVERSOR, base, f16 := tmp_path / "f16.gguf")
     perguntas = [linha["input"] for linha in linhas_reais(30)]
-    ajustado = ft.ajustar_tokenizer(f16, "minusculo", tokenizer, perguntas)
+    ajustado = ft.ajustar_tokenizer(f16, "minusculo", esperar(tokenizer, perguntas), ft.id_do_fim_de_turno(tokenizer))
     ft.quantizar(f16, arquivo := tmp_path / "pronto.gguf", "q8_0", ajustado, {})
     ajustado.close()
     conferir(arquivo, tokenizer, perguntas)
@@ -189,8 +191,7 @@ def conferir(arquivo: Path, tokenizer, perguntas: list[str]) -> None:  # noqa: A
     import llama_cpp
 
     modelo = llama_cpp.Llama(str(arquivo), vocab_only=True, verbose=False)
-    fim = tokenizer.convert_tokens_to_ids(ft.achar_fim_de_turno(tokenizer).strip())
-    ft.conferir_prompts(modelo, arquivo, tuple((p, *ft.prompt_e_ids(tokenizer, p)) for p in perguntas), fim)
+    ft.conferir_prompts(modelo, arquivo, esperar(tokenizer, perguntas), ft.id_do_fim_de_turno(tokenizer))
     modelo.close()
 
 

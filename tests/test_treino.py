@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import linhas_reais
+from conftest import exemplos_reais
 
 import fine_tuning_saude as ft
 
@@ -14,11 +14,7 @@ import fine_tuning_saude as ft
 @pytest.fixture(scope="module")
 def exemplos(phi3: Path) -> list[dict[str, Any]]:
     """Quatro exemplos reais, de tamanhos diferentes."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(phi3)
-    pares = [ft.Par(i, linha["input"], linha["output"]) for i, linha in enumerate(linhas_reais(4))]
-    return [ft.codificar(tokenizer, "<|end|>", par) for par in pares]
+    return exemplos_reais(phi3, 4)
 
 
 def carregar(phi3: Path, atencao: str, checkpointing: bool):  # noqa: ANN201
