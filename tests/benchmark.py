@@ -12,6 +12,7 @@ preenchimento. O pico é o maior produto de matrizes em bf16, medido no mesmo pr
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -161,8 +162,9 @@ def treinar_nosso(cfg: argparse.Namespace, relogio: Relogio) -> tuple[Any, dict[
 
     base, _, treino, validacao = preparar(cfg)
     quantizacao = ft.etapa_2_quantizacao("cpu")
-    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(base, "cpu", quantizacao)[1])
+    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(base, "cpu", quantizacao))
     original = transformers.Trainer.__init__
+    shutil.rmtree(Path(cfg.DIR_SAIDA) / "checkpoints", ignore_errors=True)  # senão continuaria do braço anterior
 
     def com_relogio(trainer: Any, *args: Any, callbacks: list[Any], data_collator: Any, **opcoes: Any) -> None:
         def contar(lote: dict[str, Any]) -> tuple[int, int]:

@@ -45,9 +45,9 @@ def executar(*opcoes: object, pasta: Path = RAIZ, **ambiente: str) -> subprocess
     )
 
 
-def executar_ate_o_fim(*opcoes: object) -> dict:
+def executar_ate_o_fim(*opcoes: object, **ambiente: str) -> dict:
     """Executa o programa, exige que termine bem e devolve o registro que ele escreveu."""
-    feito = executar(*opcoes)
+    feito = executar(*opcoes, **ambiente)
     assert feito.returncode == 0, f"{feito.stdout}\n{feito.stderr}"
     saida = Path(opcoes[opcoes.index("--dir-saida") + 1])
     return json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
@@ -77,11 +77,30 @@ def phi3(tmp_path_factory: pytest.TempPathFactory, vocabulario_phi3: Path) -> Pa
     return construir_phi3(tmp_path_factory.mktemp("base") / "minusculo", vocabulario_phi3)
 
 
+# quem tenta sair da máquina é recusado, e a tentativa fica escrita
+SEM_REDE = """
+import os, socket
+def recusar(*args, **opcoes):
+    with open(os.environ["TENTATIVAS_DE_REDE"], "a") as f:
+        f.write(f"{args[1:]}\\n")
+    raise OSError("rede recusada pelo teste")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = recusar
+"""
+
+
 @pytest.fixture(scope="session")
 def demonstracao(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """`python fine_tuning_saude.py --demo`: a pasta de saída e o registro."""
-    saida = tmp_path_factory.mktemp("demo") / "saida"
-    return saida, executar_ate_o_fim("--demo", "--dir-saida", saida)
+    """`python fine_tuning_saude.py --demo`, sem rede e com o que ela baixa já na máquina: pasta de saída e registro."""
+    import fine_tuning_saude as ft
+
+    pasta = tmp_path_factory.mktemp("demo")
+    saida = pasta / "saida"
+    cfg = ft.ler_opcoes(["--demo", "--dir-saida", str(saida), "--dir-llama-cpp", str(RAIZ / "llama.cpp")])
+    ft.garantir_llama_cpp(cfg)
+    ft.preparar_modelo_demo(cfg)
+    (pasta / "sitecustomize.py").write_text(SEM_REDE)
+    sem_rede = {"PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(pasta / "tentativas.txt")}
+    return saida, executar_ate_o_fim("--demo", "--dir-saida", saida, **sem_rede)
 
 
 @pytest.fixture(scope="session")

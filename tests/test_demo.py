@@ -2,12 +2,23 @@
 
 from pathlib import Path
 
+from conftest import executar
+
 import fine_tuning_saude as ft
 
 
 def test_a_demonstracao_aprende_ao_menos_15_por_cento(demonstracao: tuple[Path, dict]) -> None:
     perda = demonstracao[1]["perda_validacao"]
     assert perda["depois"] <= 0.85 * perda["antes"]
+
+
+def test_com_tudo_na_maquina_nada_tenta_usar_a_rede(demonstracao: tuple[Path, dict], tmp_path: Path) -> None:
+    pasta = demonstracao[0].parent
+    assert not (pasta / "tentativas.txt").exists(), (pasta / "tentativas.txt").read_text()
+    # a recusa funciona: quem precisa da rede é barrado e fica escrito
+    sem_rede = {"PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(tmp_path / "tentativas.txt")}
+    feito = executar("--demo", "--dir-saida", tmp_path / "saida", "--modelo-base", "ninguem/nada", **sem_rede)
+    assert feito.returncode == 2 and (tmp_path / "tentativas.txt").read_text()
 
 
 def test_os_dois_gguf_da_demonstracao_respondem(demonstracao: tuple[Path, dict]) -> None:

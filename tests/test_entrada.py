@@ -1,10 +1,13 @@
 """O que se responde a quem erra: uma frase clara, o lugar, o que fazer, e nada escrito."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 from conftest import DADOS, RAIZ, executar
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 BOA = b'{"input": "O que \xc3\xa9 a APS?", "output": "\xc3\x89 a porta de entrada do SUS."}\n'
 OUTRA = b'{"input": "Quem comp\xc3\xb5e a eSF?", "output": "M\xc3\xa9dico, enfermeiro, t\xc3\xa9cnico e ACS."}\n'
@@ -52,6 +55,56 @@ def test_todas_as_linhas_com_problema_sao_listadas_de_uma_vez_com_o_total(tmp_pa
     assert "dados.jsonl:22:" not in feito.stderr and "e mais 10" in feito.stderr
 
 
+def test_tudo_o_que_ha_de_errado_e_dito_de_uma_vez_em_cinco_segundos(tmp_path: Path) -> None:
+    (tmp_path / "dados.jsonl").write_bytes(BOA + b"x\n")
+    (tmp_path / "base").mkdir()
+    inicio = time.perf_counter()
+    feito = executar(
+        *("--arquivo-dados", "dados.jsonl", "--quantizacoes-gguf", "q99", "--modelo-base", "não existe"),
+        pasta=tmp_path,
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert time.perf_counter() - inicio < 5
+    assert feito.returncode == 2
+    assert feito.stderr.count("\n- ") == 4
+    for dito in ("dados.jsonl:2", "q99", "--treinar-na-cpu", "não existe não está nesta máquina"):
+        assert dito in feito.stderr
+
+
+LINHA = st.one_of(
+    st.binary(max_size=60),
+    st.text(max_size=60).map(lambda texto: json.dumps({"input": texto, "output": texto}).encode()),
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=9),
+        lambda filhos: st.lists(filhos, max_size=3) | st.dictionaries(st.sampled_from(["input", "output"]), filhos),
+        max_leaves=6,
+    ).map(lambda valor: json.dumps(valor).encode()),
+    st.sampled_from([BOA, OUTRA, BOA[:-9], b"\xef\xbb\xbf" + BOA, b"\x00" * 9, b"[" * 3000, b'{"input": NaN}']),
+)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(linhas=st.lists(LINHA, max_size=6), fim=st.sampled_from([b"\n", b"\r\n", b"\r"]))
+def test_mil_arquivos_malformados_dao_sempre_uma_frase_e_nada_escrito(
+    linhas: list[bytes], fim: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import fine_tuning_saude as ft
+
+    arquivo, saida = tmp_path / "dados.jsonl", tmp_path / "saida"
+    arquivo.write_bytes(fim.join(linhas))
+    # o tipo que não existe para a execução mesmo quando o arquivo sai bom
+    codigo = ft.main(
+        ["--arquivo-dados", str(arquivo), "--dir-saida", str(saida), "--demo", "--quantizacoes-gguf", "q9"]
+    )
+    dito = capfd.readouterr().err
+    assert codigo == 2 and "QUANTIZACOES_GGUF não conhece q9" in dito
+    try:
+        ft.ler_dados(ft.ler_opcoes(["--arquivo-dados", str(arquivo)]))
+    except ft.ErroDeUso as erro:
+        assert str(erro).splitlines()[0] in dito
+    assert not saida.exists()
+
+
 def test_linhas_em_branco_e_bom_do_windows_sao_aceitos(tmp_path: Path) -> None:
     import fine_tuning_saude as ft
 
@@ -78,12 +131,13 @@ def test_sem_rede_e_sem_modelo_base_o_programa_diz_o_que_falta_e_onde_por(tmp_pa
     assert "Traceback" not in feito.stderr
 
 
-def test_sem_rede_e_sem_conversor_o_programa_para_antes_do_treino(tmp_path: Path) -> None:
+def test_sem_rede_e_sem_conversor_o_programa_para_antes_do_treino(tmp_path: Path, phi3: Path) -> None:
     (tmp_path / "dados.jsonl").write_bytes(BOA + OUTRA)
     sem_rede = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
     sem_rede |= {"PIP_CONFIG_FILE": "/dev/null", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
     feito = executar(
         *("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", "--dir-llama-cpp", "llama.cpp"),
+        *("--modelo-base", phi3),
         pasta=tmp_path,
         **sem_rede,
     )
@@ -155,8 +209,8 @@ def test_pasta_de_saida_sem_permissao_e_dita_sem_traceback(tmp_path: Path) -> No
     (tmp_path / "dados.jsonl").write_bytes(BOA + OUTRA)
     (tmp_path / "saida").write_text("um arquivo no lugar da pasta")
     feito = executar("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", pasta=tmp_path)
-    assert feito.returncode == 1
-    assert "saida" in feito.stderr and "Traceback" not in feito.stderr
+    assert feito.returncode == 2
+    assert "não se pode escrever em saida" in feito.stderr and "Traceback" not in feito.stderr
 
 
 def test_constante_editada_para_none_ou_expressao_continua_valendo(monkeypatch: pytest.MonkeyPatch) -> None:

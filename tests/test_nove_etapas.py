@@ -17,7 +17,7 @@ PERGUNTA, RESPOSTA = "O que é a APS?", "É a porta de entrada do SUS."
 @pytest.fixture(scope="module")
 def tokenizer(phi3: Path):  # noqa: ANN201
     """O tokenizer como o programa o deixa na etapa 3."""
-    return ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"))[0]
+    return ft.carregar_tokenizer(phi3)
 
 
 def logits(modelo, ids: list[int]):  # noqa: ANN001, ANN201
@@ -50,7 +50,7 @@ def test_so_ficam_na_saida_os_arquivos_prometidos(execucao_phi3: tuple[Path, dic
     nomes = {a.name for a in execucao_phi3[0].iterdir()}
     assert nomes == {
         *("adaptador_lora", "checkpoints", "modelo_final", "novo_modelo.gguf", "novo_modelo-q4_k_m.gguf"),
-        *("Modelfile", "execucao.json", "execucao.log", "README.md", "perda.png"),
+        *("Modelfile", "execucao.json", "execucao.log", "README.md", "perda.png", ".trava"),
     }
 
 
@@ -127,7 +127,7 @@ def test_avaliar_no_meio_do_treino_nao_muda_os_gradientes(phi3: Path) -> None:
     import torch
 
     cfg = ft.ler_opcoes(["--lora-dropout", "0"])
-    tokenizer, base = ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"))
+    tokenizer, base = ft.carregar_tokenizer(phi3), ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"))
     modelo = ft.etapa_4_lora(cfg, base)
     torch.manual_seed(0)
     for nome, parametro in modelo.named_parameters():

@@ -155,12 +155,14 @@ def test_o_merge_na_base_de_4_bits_soma_o_adaptador_aos_valores_que_o_treino_viu
     shutil.copytree(adaptador, tmp_path / "adaptador_lora")
     cfg = ft.ler_opcoes(["--dir-saida", str(tmp_path), "--merge-na-base-nf4"])
     quantizacao = ft.etapa_2_quantizacao("cpu")
-    tokenizer, base = ft.etapa_3_modelo(phi3, "cpu", quantizacao)
+    base = ft.etapa_3_modelo(phi3, "cpu", quantizacao)
     base.set_attn_implementation("sdpa")
-    final, referencia, _ = ft.etapa_8_merge(cfg, phi3, tokenizer, quantizacao, exemplos, [])
+    ft.etapa_8_merge(cfg, phi3, ft.carregar_tokenizer(phi3), quantizacao, exemplos, [])
+    tamanhos = [len(exemplo["labels"]) - exemplo["labels"].count(ft.IGNORADO) for exemplo in exemplos]
+    referencia = np.split(np.load(tmp_path / "checkpoints/prova/referencia.npy"), np.cumsum(tamanhos)[:-1])
     esperadas = list(ft.logprobs(PeftModel.from_pretrained(base.float(), adaptador), exemplos))
     na_original = list(ft.logprobs(carregar(execucao_phi3[0] / "modelo_final", "float32"), exemplos))
-    no_disco = list(ft.logprobs(carregar(final, "float32"), exemplos))
+    no_disco = list(ft.logprobs(carregar(tmp_path / "modelo_final", "float32"), exemplos))
     for esperada, obtida, gravada, outra in zip(esperadas, referencia, no_disco, na_original, strict=True):
         assert np.abs(obtida - gravada).max() < 1e-4
         assert np.abs(obtida - esperada).mean() < 0.3 * np.abs(outra - esperada).mean()
@@ -229,7 +231,7 @@ def test_o_cartao_tem_cabecalho_medidas_curva_e_exemplos(execucao_phi3: tuple[Pa
 
 
 def test_o_registro_soma_os_pesos_da_base(execucao_phi3: tuple[Path, dict], phi3: Path) -> None:
-    assert execucao_phi3[1]["sha256_base"] == {"model.safetensors": ft.sha256(phi3 / "model.safetensors")}
+    assert execucao_phi3[1]["sha256_base"] == {arquivo.name: ft.sha256(arquivo) for arquivo in phi3.iterdir()}
 
 
 # ---------------------------------------------------------------- sabotagens: o programa inteiro e uma mentira
@@ -300,7 +302,7 @@ def test_sabotagem_e_acusada_com_mensagem_e_codigo_1(sabotagem: str, phi3: Path,
     assert "Traceback" not in feito.stderr and "Concluído" not in feito.stdout
     assert json.loads((tmp_path / "saida" / "execucao.json").read_text())["situacao"] == "falhou"
     sobraram = {a.name for a in (tmp_path / "saida").iterdir()} - {"adaptador_lora", "checkpoints", "modelo_final"}
-    assert sobraram <= {"execucao.json", "execucao.log"}, "o que não passou na prova não fica"
+    assert sobraram <= {"execucao.json", "execucao.log", ".trava"}, "o que não passou na prova não fica"
 
 
 def test_gguf_que_nao_abre_e_dito(tmp_path: Path, exemplos: list[dict]) -> None:

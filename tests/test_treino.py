@@ -97,6 +97,84 @@ def test_so_as_posicoes_que_preveem_resposta_sao_projetadas(phi3: Path, exemplos
     assert seguintes.tolist() == respostas, "cada posição guardada prevê o token seguinte"
 
 
+def softcap(phi3: Path):  # noqa: ANN201
+    """Um Gemma 2 minúsculo, que muda os logits depois de projetar, com adaptadores que não são zero."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    tamanhos = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32)
+    config = Gemma2Config(**tamanhos, vocab_size=32064, num_key_value_heads=2, final_logit_softcapping=0.3)
+    modelo = ft.etapa_4_lora(ft.ler_opcoes([]), Gemma2ForCausalLM(config))
+    for nome, parametro in modelo.named_parameters():
+        if "lora_B" in nome:
+            torch.nn.init.normal_(parametro, std=0.5)
+    return modelo.train()
+
+
+@pytest.mark.parametrize(
+    "construir", [lambda phi3: carregar(phi3, "por_exemplo", False), softcap], ids=["phi3", "gemma"]
+)
+def test_a_perda_em_pedacos_e_a_perda_e_os_gradientes_de_uma_vez(
+    construir: Any, phi3: Path, exemplos: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modelo = construir(phi3)
+    sozinhos = [[exemplo] for exemplo in exemplos]  # o Gemma só separa exemplos de linhas diferentes
+    esperada, de_uma_vez = gradientes(modelo, sozinhos)
+    cabeca = modelo.get_base_model().get_output_embeddings()
+    monkeypatch.setattr(ft, "TOKENS_POR_PEDACO", 7)
+    with ft.perda_em_pedacos(modelo.get_base_model()) as nll:
+        perda, em_pedacos = gradientes(modelo, sozinhos)
+        with torch.no_grad():
+            lote = ft.juntar_exemplos(exemplos[:1])
+            saida = modelo(**lote).logits
+            por_token = nll((saida,), lote["labels"])
+    assert modelo.get_base_model().get_output_embeddings() is cabeca
+    assert perda == pytest.approx(esperada, abs=1e-5)
+    assert any(gradiente.abs().max() > 1e-4 for gradiente in de_uma_vez.values())
+    for nome, gradiente in em_pedacos.items():
+        assert (gradiente - de_uma_vez[nome]).abs().max() < 1e-5, nome
+    with torch.no_grad():
+        assert por_token.mean().item() == pytest.approx(modelo(**lote).loss.item(), abs=1e-5)
+        projetou = modelo(**lote).logits.shape != saida.shape
+    assert projetou == (construir is not softcap), "só se projeta depois o que a sonda mostrou que dá o mesmo"
+
+
+def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mini(
+    phi3: Path, exemplos: list[dict[str, Any]]
+) -> None:
+    from transformers import AutoConfig, Phi3Config
+
+    # na linha cheia de verdade, o que se guarda para a volta
+    total = sum(len(exemplo["input_ids"]) for exemplo in exemplos)
+    cfg = ft.ler_opcoes(["--max-length", str(total), "--max-tokens-por-linha", str(total)])
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.bfloat16)
+    modelo = ft.etapa_4_lora(cfg, base).train()
+    dos_pesos = {peso.untyped_storage().data_ptr() for peso in modelo.parameters()}
+    guardados: dict[int, torch.UntypedStorage] = {}
+
+    def guardar(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in dos_pesos:
+            guardados[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    lote = {nome: v for nome, v in ft.juntar_exemplos(exemplos).items() if nome in ("input_ids", "position_ids")}
+    ganchos = torch.autograd.graph.saved_tensors_hooks(guardar, lambda tensor: tensor)
+    with ganchos, torch.autocast("cpu", torch.bfloat16):
+        modelo.get_base_model().base_model(**lote, use_cache=False)
+    medido = sum(dados.nbytes() for dados in guardados.values())
+    _, estimado = ft.estimar_memoria(cfg, AutoConfig.from_pretrained(phi3), "cpu")
+    _, sem_tokens = ft.estimar_memoria(
+        ft.ler_opcoes(["--max-length", "1", "--max-tokens-por-linha", "1"]), AutoConfig.from_pretrained(phi3), "cpu"
+    )
+    assert medido > 1e6
+    assert estimado[False] - sem_tokens[False] == pytest.approx(medido, rel=0.15)
+    parametros, phi3_mini = ft.estimar_memoria(ft.ler_opcoes([]), Phi3Config(), "cuda")
+    assert parametros == 3_821_079_552
+    assert 2.2e9 < phi3_mini[True] < 7.0 * 2**30 < phi3_mini[False]
+
+
 def test_as_linhas_tem_cada_exemplo_uma_vez_e_quase_sem_sobra() -> None:
     sorteio = random.Random(0)
     tamanhos = [sorteio.randint(60, 400) for _ in range(2000)]
@@ -139,7 +217,7 @@ def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia(
     original = ft.juntar_exemplos
     monkeypatch.setattr(ft, "juntar_exemplos", anotar)
     quantizacao = ft.etapa_2_quantizacao("cpu")
-    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(phi3, "cpu", quantizacao)[1])
+    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(phi3, "cpu", quantizacao))
     argumentos = ft.etapa_6_argumentos(cfg, "cpu", quantizacao)
     validacao = [{"input_ids": [7] * 8, "labels": [ft.IGNORADO] * 4 + [7] * 4}] * 2
     ft.etapa_7_treinamento(cfg, modelo, Dataset.from_list(treino), Dataset.from_list(validacao), argumentos)

@@ -1,0 +1,332 @@
+"""Nada se perde: o programa é morto, interrompido e estragado de todo modo, e a execução seguinte termina igual."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import DADOS, PROGRAMA, RAIZ
+
+import fine_tuning_saude as ft
+
+OPCOES = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-epochs", "2", "--max-exemplos", "24"]
+OPCOES += ["--fracao-validacao", "0.25", "--max-new-tokens", "4", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
+OPCOES += ["--max-length", "320", "--max-tokens-por-linha", "320", "--save-steps", "2", "--logging-steps", "1"]
+OPCOES += ["--quantizacoes-gguf", "q8_0", "--arquivo-dados", str(DADOS), "--dir-llama-cpp", str(RAIZ / "llama.cpp")]
+# um fio: com a mesma conta na mesma ordem, o resultado tem de ser o mesmo bit por bit
+AMBIENTE = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+class Execucao:
+    """O programa em andamento, em um grupo de processos só seu."""
+
+    def __init__(self, saida: Path, base: Path, *opcoes: object, antes: str = "", **ambiente: str) -> None:
+        programa = ["-c", f"{antes}\nimport sys; import fine_tuning_saude as ft; sys.exit(ft.main(sys.argv[1:]))"]
+        programa = programa if antes else [str(PROGRAMA)]
+        comando = [sys.executable, *programa, "--dir-saida", saida, "--modelo-base", base, *OPCOES, *opcoes]
+        self.registro, self.saida = saida.with_name(f"{saida.name}-{time.monotonic_ns()}.txt"), saida
+        with self.registro.open("w") as f:
+            self.processo = subprocess.Popen(
+                list(map(str, comando)),
+                stdout=f,
+                stderr=subprocess.STDOUT,
+                cwd=saida.parent,
+                env={**os.environ, **AMBIENTE, "PYTHONPATH": str(RAIZ), **ambiente},
+                start_new_session=True,
+            )
+
+    @property
+    def dito(self) -> str:
+        """Tudo o que o programa escreveu até agora."""
+        return self.registro.read_text(encoding="utf-8", errors="replace")
+
+    def esperar(self, momento: Callable[["Execucao"], object]) -> "Execucao":
+        """Espera até que `momento` seja verdade, e falha se o programa acaba antes."""
+        while not momento(self):
+            assert self.processo.poll() is None, f"acabou antes do momento:\n{self.dito}"
+            time.sleep(0.005)
+        return self
+
+    def matar(self) -> None:
+        """SIGKILL no programa e em tudo o que ele abriu."""
+        os.killpg(self.processo.pid, signal.SIGKILL)
+        self.processo.wait()
+
+    def terminar(self, codigo: int = 0) -> str:
+        """Espera o fim, exige o código de saída e nenhum traceback, e devolve o que foi dito."""
+        assert self.processo.wait(timeout=300) == codigo, self.dito
+        assert "Traceback" not in self.dito, self.dito
+        return self.dito
+
+
+def disse(texto: str) -> Callable[[Execucao], bool]:
+    """O momento em que o programa escreve `texto`."""
+    return lambda execucao: texto in execucao.dito
+
+
+def existe(padrao: str) -> Callable[[Execucao], bool]:
+    """O momento em que aparece na pasta de saída um arquivo desse padrão."""
+    return lambda execucao: next(execucao.saida.glob(padrao), None)
+
+
+def soma(arquivo: Path) -> str:
+    """SHA-256 de um arquivo."""
+    return hashlib.sha256(arquivo.read_bytes()).hexdigest()
+
+
+def resultado(saida: Path) -> dict[str, str]:
+    """As somas do que a execução entrega, e a prova de que ela acabou e não deixou restos."""
+    assert json.loads((saida / "execucao.json").read_text())["situacao"] == "concluída"
+    assert list(json.loads((saida / "execucao.json").read_text())["etapas"]) == list("123456789")
+    restos = [*saida.rglob(f"{ft.PARCIAL}*"), *saida.rglob("*.parcial"), *saida.glob("base-f16*")]
+    assert not restos
+    arquivos = ("adaptador_lora/adapter_model.safetensors", "modelo_final/model.safetensors", "novo_modelo.gguf")
+    return {arquivo: soma(saida / arquivo) for arquivo in arquivos}
+
+
+@pytest.fixture(scope="module")
+def pasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Uma pasta pessoal de mentira, com espaço e acento, em que tudo acontece."""
+    return tmp_path_factory.mktemp("pasta") / "Área de Ana"
+
+
+@pytest.fixture(scope="module")
+def base(pasta: Path, phi3: Path) -> Path:
+    """O Phi-3 minúsculo nesta pasta."""
+    return Path(shutil.copytree(phi3, pasta / "base"))
+
+
+@pytest.fixture(scope="module")
+def intacta(pasta: Path, base: Path) -> tuple[Path, dict[str, str]]:
+    """Uma execução que ninguém interrompeu, e as somas do que entregou."""
+    execucao = Execucao(pasta / "intacta", base, HOME=str(pasta))
+    execucao.terminar()
+    return execucao.saida, resultado(execucao.saida)
+
+
+@pytest.fixture
+def saida(pasta: Path, request: pytest.FixtureRequest) -> Path:
+    """Uma pasta de saída para um teste."""
+    return pasta / request.node.name.replace("test_", "")[:40]
+
+
+@pytest.fixture
+def parada_no_treino(saida: Path, base: Path) -> Iterator[Path]:
+    """Uma execução morta no treino, depois do segundo checkpoint."""
+    execucao = Execucao(saida, base).esperar(existe(f"checkpoints/checkpoint-4/{ft.SOMAS}"))
+    execucao.matar()
+    yield saida
+
+
+@pytest.fixture
+def pronta(saida: Path, intacta: tuple[Path, dict[str, str]]) -> Path:
+    """Cópia da execução que acabou."""
+    return Path(shutil.copytree(intacta[0], saida))
+
+
+MOMENTOS = {
+    "etapa_1_conversao_da_base": existe("base-f16.gguf"),
+    "etapa_2": disse("[2/9]"),
+    "etapa_3": disse("[3/9]"),
+    "etapa_4": disse("[4/9]"),
+    "etapa_5": disse("[5/9]"),
+    "etapa_6": disse("[6/9]"),
+    "etapa_7_antes_do_checkpoint": disse("passo 1/"),
+    "etapa_7_checkpoint_pela_metade": existe("checkpoints/checkpoint-4/adapter_model.safetensors"),
+    "etapa_7_adaptador_pela_metade": existe(f"{ft.PARCIAL}adaptador_lora-*"),
+    "etapa_8_modelo_pela_metade": existe(f"{ft.PARCIAL}modelo_final-*/modelo_final/model.safetensors"),
+    "etapa_9_gguf_pela_metade": existe(f"{ft.PARCIAL}gguf-*/f16.gguf"),
+    "etapa_9_entregue_e_nao_registrado": existe("novo_modelo.gguf"),
+}
+
+
+@pytest.fixture(scope="module")
+def mortas(pasta: Path, base: Path, intacta: tuple[Path, dict[str, str]]) -> dict[str, str]:
+    """Para cada momento: mata o programa nele, executa de novo e guarda o que a segunda execução disse, se acabou."""
+
+    def matar_e_repetir(momento: str) -> str:
+        saida = pasta / momento
+        Execucao(saida, base).esperar(MOMENTOS[momento]).matar()
+        return Execucao(saida, base).terminar()
+
+    with ThreadPoolExecutor(2) as dois:
+        return dict(zip(MOMENTOS, dois.map(matar_e_repetir, MOMENTOS), strict=True))
+
+
+@pytest.mark.parametrize("momento", MOMENTOS)
+def test_morto_em_qualquer_momento_a_execucao_seguinte_termina_igual_bit_por_bit(
+    momento: str, pasta: Path, mortas: dict[str, str], intacta: tuple[Path, dict[str, str]]
+) -> None:
+    assert resultado(pasta / momento) == intacta[1]
+    dito = mortas[momento]
+    assert ("continuando de checkpoint-" in dito) == ("checkpoint_pela" in momento or "adaptador" in momento)
+    assert dito.count("pronta desde uma execução anterior") == {"etapa_8": 1, "etapa_9": 2}.get(momento[:7], 0)
+
+
+def test_checkpoint_truncado_e_apagado_e_o_anterior_serve(
+    parada_no_treino: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    arquivo = parada_no_treino / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    os.truncate(arquivo, arquivo.stat().st_size // 2)
+    dito = Execucao(parada_no_treino, base).terminar()
+    assert "checkpoint-4 não está inteiro: apagado" in dito and "continuando de checkpoint-2" in dito
+    assert resultado(parada_no_treino) == intacta[1]
+
+
+def test_relogio_que_anda_para_tras_nao_confunde_os_checkpoints(
+    parada_no_treino: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    amanha = time.time() + 86_400
+    for pasta in (parada_no_treino / "checkpoints" / "checkpoint-2", parada_no_treino / "execucao.json"):
+        os.utime(pasta, (amanha, amanha))
+    assert "continuando de checkpoint-4" in Execucao(parada_no_treino, base).terminar()
+    assert resultado(parada_no_treino) == intacta[1]
+    ultimo, penultimo = (int(c.name.split("-")[1]) for c in ft.checkpoints(parada_no_treino / "checkpoints"))
+    assert ultimo - 2 <= penultimo < ultimo and ultimo > 4, "ficam os dois de passo maior"
+
+
+@pytest.mark.parametrize("vezes", [1, 2])
+def test_ctrl_c_grava_um_checkpoint_e_dois_param_na_hora(
+    vezes: int, saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    execucao = Execucao(saida, base, "--save-steps", "1000").esperar(disse("passo 3/"))
+    for _ in range(vezes):
+        os.kill(execucao.processo.pid, signal.SIGINT)
+        execucao.esperar(disse("Ctrl-C: gravo")) if vezes == 2 else None
+    dito = execucao.terminar(130)
+    assert "Ctrl-C: gravo um checkpoint" in dito and "execute de novo para continuar" in dito
+    gravados = ft.checkpoints(saida / "checkpoints")
+    if vezes == 1:
+        assert len(gravados) == 1 and ft.esta_inteira(gravados[0])
+        assert f"continuando de {gravados[0].name}" in Execucao(saida, base, "--save-steps", "1000").terminar()
+        assert resultado(saida) == intacta[1]
+
+
+ESTRAGOS = {"adaptador": "adaptador_lora/adapter_model.safetensors", "gguf": "novo_modelo.gguf"}
+ESTRAGOS |= {"modelo_final": "modelo_final/model.safetensors", "prova": "checkpoints/prova/referencia.npy"}
+
+
+@pytest.mark.parametrize("estrago", ESTRAGOS)
+def test_resultado_truncado_e_refeito(
+    estrago: str, pronta: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    arquivo = pronta / ESTRAGOS[estrago]
+    os.truncate(arquivo, arquivo.stat().st_size // 2)
+    dito = Execucao(pronta, base).terminar()
+    assert dito.count("pronta desde") == {"adaptador": 0, "modelo_final": 1, "prova": 1, "gguf": 2}[estrago]
+    assert resultado(pronta) == intacta[1]
+
+
+def test_execucao_pronta_nao_e_refeita_e_mudar_so_o_gguf_nao_treina_de_novo(pronta: Path, base: Path) -> None:
+    inicio = (pronta / "modelo_final" / "model.safetensors").stat().st_mtime_ns
+    assert "nada a fazer" in Execucao(pronta, base).terminar()
+    assert (pronta / "modelo_final" / "model.safetensors").stat().st_mtime_ns == inicio
+    dito = Execucao(pronta, base, "--quantizacoes-gguf", "q8_0", "q4_k_m").terminar()
+    assert "mudou ['QUANTIZACOES_GGUF']" in dito and "passo 1/" not in dito
+    assert (pronta / "novo_modelo-q4_k_m.gguf").is_file()
+
+
+def test_outra_execucao_na_mesma_pasta_e_recusada_com_o_que_mudou_e_recomecar_a_aceita(
+    pronta: Path, base: Path, tmp_path: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    mudados = tmp_path / "dados.jsonl"
+    mudados.write_text(DADOS.read_text(encoding="utf-8").replace("APS", "atenção primária"), encoding="utf-8")
+    opcoes = ("--arquivo-dados", mudados, "--lora-r", "8")
+    dito = Execucao(pronta, base, *opcoes).terminar(2)
+    assert "LORA_R: era 16 e agora é 8" in dito and "SHA-256 dos dados" in dito and "--recomecar" in dito
+    assert resultado(pronta) == intacta[1], "a recusa não toca no que estava pronto"
+    assert "recomeçando" in Execucao(pronta, base, *opcoes, "--recomecar").terminar()
+    assert resultado(pronta) != intacta[1]
+
+
+def test_modelo_base_truncado_e_dito_e_consertado_a_execucao_continua(
+    parada_no_treino: Path, base: Path, tmp_path: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    estragada = Path(shutil.copytree(base, tmp_path / "base"))
+    os.truncate(estragada / "model.safetensors", 1_000_000)
+    assert "model.safetensors truncado" in Execucao(parada_no_treino, estragada).terminar(2)
+    assert "continuando de checkpoint-4" in Execucao(parada_no_treino, base).terminar()
+    assert resultado(parada_no_treino) == intacta[1]
+
+
+def test_duas_execucoes_na_mesma_pasta_a_segunda_e_recusada(
+    saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    primeira = Execucao(saida, base).esperar(disse("[7/9]"))
+    assert f"outra execução está usando {saida}" in Execucao(saida, base).terminar(2)
+    primeira.terminar()
+    assert resultado(saida) == intacta[1]
+
+
+CHEIOS = {"etapa_7": ("[7/9]", 50_000), "etapa_8": ("[8/9]", 1_000_000), "etapa_9": ("[9/9]", 1_000_000)}
+CHEIOS |= {"etapa_9_quantizacao": ("f16: KL", 1_000_000)}
+
+
+@pytest.mark.parametrize("etapa", CHEIOS)
+def test_disco_cheio_e_dito_em_uma_frase_e_com_espaco_a_execucao_continua(
+    etapa: str, saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    momento, bytes_por_arquivo = CHEIOS[etapa]
+    execucao = Execucao(saida, base).esperar(disse(momento))
+    resource.prlimit(execucao.processo.pid, resource.RLIMIT_FSIZE, (bytes_por_arquivo, resource.RLIM_INFINITY))
+    dito = execucao.terminar(1)
+    erro = dito.partition("ERRO: ")[2].strip()
+    assert "disco encheu" in erro and "\n" not in erro, dito
+    assert not list(saida.glob("novo_modelo*"))
+    Execucao(saida, base).terminar()
+    assert resultado(saida) == intacta[1]
+
+
+def test_falta_de_memoria_da_gpu_e_dita_e_a_execucao_seguinte_continua(
+    saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
+    faltar = (
+        "import torch, transformers\n"
+        "passo = transformers.Trainer.training_step\n"
+        "def estourar(self, *a, **o):\n"
+        "    if self.state.global_step == 5:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n"
+        "    return passo(self, *a, **o)\n"
+        "transformers.Trainer.training_step = estourar\n"
+    )
+    dito = Execucao(saida, base, antes=faltar).terminar(1)
+    assert "faltou memória" in dito and "MAX_TOKENS_POR_LINHA" in dito
+    assert "continuando de checkpoint-4" in Execucao(saida, base).terminar()
+    assert resultado(saida) == intacta[1]
+
+
+def test_pasta_em_que_nao_se_escreve_e_dita(tmp_path: Path, base: Path) -> None:
+    execucao = Execucao(tmp_path / "saida", base, "--dir-saida", "/proc/saida")
+    assert execucao.processo.wait(60) in (1, 2)
+    assert "/proc" in execucao.dito and "ERRO" in execucao.dito and "Traceback" not in execucao.dito
+
+
+def test_falta_de_disco_e_de_memoria_sao_ditas_antes_do_treino(saida: Path, base: Path) -> None:
+    pouco = (
+        "import shutil, psutil, collections\n"
+        "shutil.disk_usage = lambda _: collections.namedtuple('U', 'total used free')(1, 1, 1000)\n"
+        "psutil.virtual_memory = lambda: collections.namedtuple('M', 'available total')(1000, 1000)\n"
+    )
+    dito = Execucao(saida, base, antes=pouco).terminar(2)
+    assert "GiB de memória" in dito and "o disco de" in dito
+    assert not saida.exists()
+
+
+def test_nenhum_arquivo_escrito_traz_o_caminho_da_pasta_pessoal(
+    intacta: tuple[Path, dict[str, str]], pasta: Path
+) -> None:
+    pessoal = str(pasta).encode()
+    escritos = [arquivo for arquivo in intacta[0].rglob("*") if arquivo.is_file()]
+    assert len(escritos) > 20
+    for arquivo in escritos:
+        conteudo = arquivo.read_bytes()
+        assert pessoal not in conteudo and json.dumps(str(pasta))[1:-1].encode() not in conteudo, arquivo
