@@ -1232,7 +1232,7 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
         return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
     cabeca, perda_original, projetar = modelo.get_output_embeddings(), modelo.loss_function, torch.nn.Identity()
-    sonda = juntar_exemplos([{"input_ids": [0, 1], "labels": [IGNORADO, 1]}])
+    sonda = juntar_exemplos([{"input_ids": [11, 12, 13], "labels": [IGNORADO, 12, 13]}])
     sonda = {nome: v.to(modelo.device) if hasattr(v, "to") else v for nome, v in sonda.items() if "labels" not in nome}
     with torch.no_grad(), torch.autocast(modelo.device.type, modelo.dtype, enabled=modelo.dtype != torch.float32):
         certos = modelo(**sonda, use_cache=False).logits
@@ -1307,8 +1307,10 @@ def etapa_7_treinamento(
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            (pasta / f"checkpoint-{state.global_step}" / "training_args.bin").unlink()  # um pickle que nada usa
-            selar(pasta / f"checkpoint-{state.global_step}")
+            novo = pasta / f"checkpoint-{state.global_step}"
+            for inutil in ("training_args.bin", "README.md"):  # nada os lê, e trazem caminhos desta máquina
+                (novo / inutil).unlink()
+            selar(novo)
             for antigo in checkpoints(pasta)[2:]:
                 shutil.rmtree(antigo)
 
@@ -1340,6 +1342,7 @@ def etapa_7_treinamento(
     with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
         modelo.peft_config["default"].base_model_name_or_path = nome_da_base(cfg)
         modelo.save_pretrained(provisoria, save_embedding_layers=False)
+        (provisoria / "README.md").unlink()  # um formulário em branco, com o caminho do modelo base nesta máquina
     log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
     return {"antes": antes, "depois": depois, "curva": curva}
 

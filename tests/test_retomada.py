@@ -116,7 +116,7 @@ def intacta(pasta: Path, base: Path) -> tuple[Path, dict[str, str]]:
 @pytest.fixture
 def saida(pasta: Path, request: pytest.FixtureRequest) -> Path:
     """Uma pasta de saída para um teste."""
-    return pasta / request.node.name.replace("test_", "")[:40]
+    return pasta / request.node.name[-50:]
 
 
 @pytest.fixture
