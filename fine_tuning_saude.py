@@ -32,7 +32,7 @@ import random
 import re
 import shutil
 import signal
-import socket
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -141,6 +141,7 @@ NAO_DECIDEM |= {"ARQUIVO_DADOS", "MODELO_BASE", "REVISAO_MODELO_BASE"}
 DEPOIS_DO_TREINO = {"QUANTIZACOES_GGUF", "MAX_SHARD_SIZE", "MERGE_NA_BASE_NF4", "EXEMPLOS_IMATRIX", "EXEMPLOS_PROVA"}
 DEPOIS_DO_TREINO |= {"MAX_NEW_TOKENS"}
 ARQUIVOS_DA_BASE = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")  # nem pickle nem código
+REQUISITOS = Path(__file__).with_name("requirements.txt")
 PARCIAL = ".parcial-"  # começo do nome do que ainda está sendo escrito; o que sobra de uma execução morta é apagado
 SOMAS = "SHA256SUMS"  # em cada pasta em que se confia: confere-se também com `sha256sum -c`
 
@@ -499,22 +500,23 @@ def preparar_modelo_demo(cfg: argparse.Namespace) -> Path:
 
 def localizar_modelo_base(cfg: argparse.Namespace, padroes: tuple[str, ...] = ARQUIVOS_DA_BASE) -> Path:
     """Devolve a pasta local do modelo base, baixando-o do Hub, na revisão fixada, só se ainda não está na máquina."""
-    pasta = Path(cfg.MODELO_BASE)
-    if pasta.is_dir():
+    if cfg.MODELO_BASE == MODELO_DEMO:
+        return preparar_modelo_demo(cfg)
+    if (pasta := Path(cfg.MODELO_BASE)).is_dir():
         return pasta
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=list(padroes))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # a revisão fixada que já está na máquina dispensa a rede
         pasta = Path(snapshot_download(cfg.MODELO_BASE, local_files_only=True, **opcoes))
-        if not o_que_falta(pasta, pesos="*.safetensors" in padroes):
+        if cfg.REVISAO_MODELO_BASE and not (len(padroes) > 1 and o_que_falta(pasta)):
             return pasta
     try:
         try:  # o huggingface_hub insiste por 25 s quando não há rede
             urllib.request.urlopen(constants.ENDPOINT, timeout=4).close()
         except urllib.error.URLError as erro:
-            if isinstance(erro.reason, (socket.gaierror, ConnectionError, TimeoutError)):
+            if isinstance(erro.reason, OSError) and not isinstance(erro.reason, ssl.SSLError):
                 raise
         return Path(snapshot_download(cfg.MODELO_BASE, **opcoes))
     except (HfHubHTTPError, ValueError, OSError) as erro:
@@ -525,14 +527,12 @@ def localizar_modelo_base(cfg: argparse.Namespace, padroes: tuple[str, ...] = AR
         ) from erro
 
 
-def o_que_falta(pasta: Path, pesos: bool = True) -> str:
+def o_que_falta(pasta: Path) -> str:
     """O que falta a `pasta` para ser um modelo base, ou nada; todo safetensors é aberto, o que acusa o truncado."""
     from safetensors import SafetensorError, safe_open
 
     if not (pasta / "config.json").is_file():
         return "não tem config.json"
-    if not pesos:
-        return ""
     arquivos = set(pasta.glob("*.safetensors"))
     for indice in pasta.glob("*.safetensors.index.json"):
         arquivos |= {pasta / nome for nome in json.loads(indice.read_text(encoding="utf-8"))["weight_map"].values()}
@@ -557,7 +557,9 @@ def escolher_dispositivo(cfg: argparse.Namespace) -> str:
         return "cuda"
     if cfg.TREINAR_NA_CPU:
         return "cpu"
-    so_cpu = "" if torch.version.cuda else " (o torch instalado é o de CPU; o README traz a linha do de CUDA)"
+    so_cpu = " (o torch instalado é o de CPU; o README traz a linha do de CUDA)"
+    if torch.version.cuda:
+        so_cpu = f" (o torch instalado é o de CUDA {torch.version.cuda}: há placa, e o driver dela é novo o bastante?)"
     raise ErroDeUso(
         f"não encontrei GPU NVIDIA com CUDA{so_cpu}: use --demo para provar as nove etapas com um modelo pequeno, "
         "ou --treinar-na-cpu para treinar assim mesmo, o que leva dias."
@@ -791,6 +793,8 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     Devolve os pares, o dispositivo, se o treino recalcula ativações, a pasta do modelo base e o conversor do llama.cpp.
     Enquanto há algo a corrigir, nada é escrito nem baixado, e tudo o que há é dito de uma vez.
     """
+    if sys.version_info < (3, 11):  # noqa: UP036 — dito em vez de quebrar no meio
+        raise ErroDeUso(f"este Python é o {platform.python_version()}, e o programa pede o 3.11 ou mais novo.")
     if faltam := [p for p in PACOTES if not importlib.util.find_spec(p.removesuffix("-python").replace("-", "_"))]:
         raise ErroDeUso(f"faltam pacotes ({', '.join(faltam)}): execute python -m pip install -r requirements.txt")
     problemas: list[str] = []
@@ -808,9 +812,13 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     if not problemas:
         acalmar_bibliotecas()
     # a estimativa custa segundos, e só se faz se o resto está certo
-    recalcula = tentar(conferir_recursos, cfg, pasta, dispositivo) if pasta and not problemas else None
+    local = Path(cfg.MODELO_BASE).is_dir()
+    recalcula = tentar(conferir_recursos, cfg, pasta, dispositivo, local) if pasta and not problemas else None
     if problemas:
         raise ErroDeUso("\n- ".join(["há o que corrigir:", *problemas] if len(problemas) > 1 else problemas))
+    for pacote, versao in re.findall(r"^([\w-]+)==([\w.]+)", REQUISITOS.read_text(encoding="utf-8"), re.M):
+        if (instalada := metadata.version(pacote).partition("+")[0]) != versao:
+            log.info("      aviso: %s %s instalado; o programa foi provado com %s", pacote, instalada, versao)
     registro.trava = travar(Path(cfg.DIR_SAIDA))
     diario = logging.FileHandler(Path(cfg.DIR_SAIDA) / "execucao.log", encoding="utf-8")
     diario.format = lambda linha: sem_pasta_pessoal(linha.getMessage())
@@ -819,10 +827,8 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
     conversor = garantir_llama_cpp(cfg)
     dir_base = localizar_modelo_base(cfg)
-    if falta := o_que_falta(dir_base):
-        raise ErroDeUso(f"a pasta {dir_base} não serve como modelo base: {falta}; baixe-o de novo.")
-    if recalcula is None:
-        recalcula = conferir_recursos(cfg, dir_base, dispositivo)
+    if not local:
+        recalcula = conferir_recursos(cfg, dir_base, dispositivo, completa=True)
     versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
     somas = {a.name: sha256(a) for padrao in ARQUIVOS_DA_BASE for a in sorted(dir_base.glob(padrao))}
     registro.dados |= dict(dispositivo=dispositivo, versoes=versoes, maquina=descrever_maquina(dispositivo))
@@ -879,12 +885,18 @@ def travar(saida: Path) -> FileLock:
     return trava
 
 
-def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> bool:
-    """Confere memória e disco livres contra a estimativa; devolve se o treino deve recalcular ativações."""
+def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str, completa: bool) -> bool:
+    """Confere o modelo base, e memória e disco livres contra a estimativa; diz se o treino deve recalcular ativações.
+
+    De uma base que ainda vai ser baixada (`completa` falso) basta a configuração.
+    """
     import psutil
     import torch
     from transformers import AutoConfig
 
+    falta = o_que_falta(dir_base)
+    if falta and (completa or not (dir_base / "config.json").is_file()):
+        raise ErroDeUso(f"a pasta {dir_base} não serve como modelo base: {falta}; baixe-o de novo.")
     config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False)
     parametros, memoria = estimar_memoria(cfg, config, dispositivo)
     livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else psutil.virtual_memory().available
@@ -898,7 +910,7 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     # base, modelo final e GGUF de 16 bits; cada tipo e a base no último deles; três checkpoints; e o que for baixado
     em_16_bits = 2 * parametros
     escreve = em_16_bits * (3 + 0.55 * (len(cfg.QUANTIZACOES_GGUF) + 1)) + 3 * memoria["otimizador"]
-    escreve += 0 if o_que_falta(dir_base) == "" else em_16_bits
+    escreve += em_16_bits if falta else 0
     saida = Path(cfg.DIR_SAIDA)
     ja_escrito = sum(a.stat().st_size for a in saida.rglob("*") if a.suffix in (".gguf", ".safetensors"))
     livre_no_disco = shutil.disk_usage(primeira_que_existe(saida)).free
@@ -940,8 +952,7 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
     base.set_attn_implementation("estimativa")
     parametros = base.num_parameters()
     lineares = [m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear)]
-    if not base.config.tie_word_embeddings:
-        lineares.remove(base.get_output_embeddings().weight.numel())
+    lineares.remove(base.get_output_embeddings().weight.numel())  # esta fica em 16 bits
     # NF4 com dupla quantização: meio byte por peso, um por bloco de 64 e quatro por 256 blocos
     em_4_bits = 0 if dispositivo == "cpu" else sum(lineares)
     pesos = 2 * (parametros - em_4_bits) + em_4_bits * (0.5 + 1 / 64 + 4 / (64 * 256))
@@ -1367,6 +1378,7 @@ def etapa_8_merge(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    inicio = time.perf_counter()
     opcoes = dict(dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
     if cfg.MERGE_NA_BASE_NF4:
         base = AutoModelForCausalLM.from_pretrained(dir_base, quantization_config=quantizacao, **opcoes)
@@ -1380,11 +1392,13 @@ def etapa_8_merge(
         referencia = list(logprobs(modelo, provas))
         importancia = medir_importancia(modelo, amostra)
     exato = juntar_medidas(list(map(comparar_logprobs, certas, referencia, provas)))
+    log.info("      carga, merge e prova: %.1f s", time.perf_counter() - inicio)
     perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
     exigir_fidelidade("merge", perdido, exato)
     eos = modelo.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
     modelo.generation_config.eos_token_id = sorted({*eos, id_do_fim_de_turno(tokenizer)})
+    inicio = time.perf_counter()
     dir_final = Path(cfg.DIR_SAIDA) / "modelo_final"
     with pasta_inteira(dir_final) as provisoria:
         modelo.save_pretrained(provisoria, max_shard_size=cfg.MAX_SHARD_SIZE)
@@ -1395,7 +1409,7 @@ def etapa_8_merge(
     with pasta_inteira(Path(cfg.DIR_SAIDA) / "checkpoints" / "prova") as provisoria:
         np.save(provisoria / "referencia.npy", np.concatenate(referencia))
         np.savez(provisoria / "importancia.npz", **importancia)
-    log.info("      modelo completo em %s", dir_final)
+    log.info("      modelo completo em %s, gravado em %.1f s", dir_final, time.perf_counter() - inicio)
 
 
 @contextlib.contextmanager
@@ -1535,7 +1549,7 @@ def etapa_9_gguf(
 def converter(conversor: Path, pasta: Path, destino: Path) -> None:
     """Converte em GGUF de 16 bits o modelo de `pasta` com o conversor do llama.cpp."""
     comando = [sys.executable, str(conversor), str(pasta), "--outfile", str(destino), "--outtype", "f16"]
-    ambiente = {**os.environ, "PYTHONUTF8": "1"}
+    ambiente, inicio = {**os.environ, "PYTHONUTF8": "1"}, time.perf_counter()
     feito = subprocess.run(
         comando, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=ambiente
     )
@@ -1545,6 +1559,7 @@ def converter(conversor: Path, pasta: Path, destino: Path) -> None:
             raise FalhaNaExecucao(f"{DISCO_CHEIO} ({destino.name}).")
         fim = "\n  ".join(feito.stderr.splitlines()[-8:])
         raise FalhaNaExecucao(f"{conversor} não converteu {pasta} (código {feito.returncode}) e disse:\n  {fim}")
+    log.info("      %s convertida em GGUF de 16 bits: %.1f s", pasta.name, time.perf_counter() - inicio)
 
 
 def ajustar_tokenizer(gguf: Path, nome: str, esperado: tuple[tuple[str, str, list[int]], ...], fim: int) -> Llama:
@@ -1590,12 +1605,13 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama, importancia:
     for item, (nome, valores) in zip(matriz, no_gguf.items(), strict=False):
         item.name, item.size = f"{nome}.weight".encode(), len(valores)
         item.data = valores.ctypes.data_as(type(item.data))
-    parametros = llama_cpp.llama_model_quantize_default_params()
+    inicio, parametros = time.perf_counter(), llama_cpp.llama_model_quantize_default_params()
     parametros.ftype = int(getattr(LlamaFileType, f"MOSTLY_{tipo.upper()}"))
     parametros.kv_overrides = ajustado.model_params.kv_overrides
     parametros.imatrix = matriz if no_gguf else None
     if llama_cpp.llama_model_quantize(str(f16).encode(), str(destino).encode(), parametros):
         raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}; em geral, {DISCO_CHEIO}.")
+    log.info("      %s quantizado em %s: %.1f s", f16.name, tipo, time.perf_counter() - inicio)
 
 
 def em_outro_processo(funcao: Any, gguf: Path, *resto: Any) -> Any:
