@@ -100,7 +100,7 @@ TREINAR_NA_CPU = False  # aceita treinar sem GPU, o que com o Phi-3-mini leva di
 
 # GGUF
 QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; a primeira fica em novo_modelo.gguf
-MAX_SHARD_SIZE = "2GB"  # tamanho máximo de cada arquivo safetensors do modelo final
+MAX_SHARD_SIZE = "1GB"  # tamanho máximo de cada safetensors do modelo final; gravá-lo pede outro tanto de memória
 MERGE_NA_BASE_NF4 = False  # soma os adaptadores à base de 4 bits desfeita, e não à original de 16
 EXEMPLOS_IMATRIX = 64  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
 
@@ -1395,6 +1395,10 @@ def etapa_8_merge(
     log.info("      carga, merge e prova: %.1f s", time.perf_counter() - inicio)
     perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
     exigir_fidelidade("merge", perdido, exato)
+    with pasta_inteira(Path(cfg.DIR_SAIDA) / "checkpoints" / "prova") as provisoria:
+        np.save(provisoria / "referencia.npy", np.concatenate(referencia))
+        np.savez(provisoria / "importancia.npz", **importancia)
+    del certas, referencia  # centenas de MB, que não precisam estar na memória enquanto se grava o modelo
     eos = modelo.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
     modelo.generation_config.eos_token_id = sorted({*eos, id_do_fim_de_turno(tokenizer)})
@@ -1406,9 +1410,6 @@ def etapa_8_merge(
         # o transformers 5 não grava o tokenizer.model, e sem ele o conversor do llama.cpp recusa o Phi-3
         if (dir_base / "tokenizer.model").is_file():
             shutil.copyfile(dir_base / "tokenizer.model", provisoria / "tokenizer.model")
-    with pasta_inteira(Path(cfg.DIR_SAIDA) / "checkpoints" / "prova") as provisoria:
-        np.save(provisoria / "referencia.npy", np.concatenate(referencia))
-        np.savez(provisoria / "importancia.npz", **importancia)
     log.info("      modelo completo em %s, gravado em %.1f s", dir_final, time.perf_counter() - inicio)
 
 
