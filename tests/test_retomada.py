@@ -212,7 +212,7 @@ def test_ctrl_c_grava_um_checkpoint_e_dois_param_na_hora(
 
 
 ESTRAGOS = {"adaptador": "adaptador_lora/adapter_model.safetensors", "gguf": "novo_modelo.gguf"}
-ESTRAGOS |= {"modelo_final": "modelo_final/model.safetensors", "prova": "checkpoints/prova/referencia.npy"}
+ESTRAGOS |= {"modelo_final": "modelo_final/model.safetensors"}
 
 
 @pytest.mark.parametrize("estrago", ESTRAGOS)
@@ -222,13 +222,17 @@ def test_resultado_truncado_e_refeito(
     arquivo = pronta / ESTRAGOS[estrago]
     os.truncate(arquivo, arquivo.stat().st_size // 2)
     dito = Execucao(pronta, base).terminar()
-    assert dito.count("pronta desde") == {"adaptador": 0, "modelo_final": 1, "prova": 1, "gguf": 2}[estrago]
+    assert dito.count("pronta desde") == {"adaptador": 0, "modelo_final": 1, "gguf": 2}[estrago]
     assert resultado(pronta) == intacta[1]
 
 
-def test_execucao_pronta_nao_e_refeita_e_mudar_so_o_gguf_nao_treina_de_novo(pronta: Path, base: Path) -> None:
+def test_execucao_pronta_nao_e_refeita_e_mudar_so_o_gguf_nao_treina_de_novo(
+    pronta: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+) -> None:
     inicio = (pronta / "modelo_final" / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(pronta / "checkpoints")  # o README diz que, com tudo pronto, pode
     assert "nada a fazer" in Execucao(pronta, base).terminar()
+    assert resultado(pronta) == intacta[1]
     assert (pronta / "modelo_final" / "model.safetensors").stat().st_mtime_ns == inicio
     dito = Execucao(pronta, base, "--quantizacoes-gguf", "q8_0", "q4_k_m").terminar()
     assert "mudou ['QUANTIZACOES_GGUF']" in dito and "passo 1/" not in dito

@@ -164,13 +164,13 @@ def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mi
     with ganchos, torch.autocast("cpu", torch.bfloat16):
         modelo.get_base_model().base_model(**lote, use_cache=False)
     medido = sum(dados.nbytes() for dados in guardados.values())
-    _, estimado = ft.estimar_memoria(cfg, AutoConfig.from_pretrained(phi3), "cpu")
-    _, sem_tokens = ft.estimar_memoria(
+    *_, estimado = ft.estimar_memoria(cfg, AutoConfig.from_pretrained(phi3), "cpu")
+    *_, sem_tokens = ft.estimar_memoria(
         ft.ler_opcoes(["--max-length", "1", "--max-tokens-por-linha", "1"]), AutoConfig.from_pretrained(phi3), "cpu"
     )
     assert medido > 1e6
     assert estimado[False] - sem_tokens[False] == pytest.approx(medido, rel=0.15)
-    parametros, phi3_mini = ft.estimar_memoria(ft.ler_opcoes([]), Phi3Config(), "cuda")
+    parametros, _, phi3_mini = ft.estimar_memoria(ft.ler_opcoes([]), Phi3Config(), "cuda")
     assert parametros == 3_821_079_552
     assert 2.2e9 < phi3_mini[True] < 7.0 * 2**30 < phi3_mini[False]
 
