@@ -986,7 +986,8 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
     # NF4 com dupla quantização: meio byte por peso, um por bloco de 64 e quatro por 256 blocos
     em_4_bits = 0 if dispositivo == "cpu" else sum(lineares)
     pesos = tipo.itemsize * (parametros - em_4_bits) + em_4_bits * (0.5 + 1 / 64 + 4 / (64 * 256))
-    modelo = etapa_4_lora(cfg, base).train()
+    with torch.device("meta"):
+        modelo = etapa_4_lora(cfg, base).train()
     da_base = {peso.untyped_storage()._cdata for peso in modelo.parameters()}
     guardados: dict[int, Any] = {}
 
