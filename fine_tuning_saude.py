@@ -570,6 +570,11 @@ def o_que_falta(pasta: Path) -> str:
     return "" if arquivos else "não tem pesos .safetensors"
 
 
+def recusar_base(pasta: Path, falta: str) -> NoReturn:
+    """Encerra a execução com o que `o_que_falta` achou."""
+    raise ErroDeUso(f"a pasta {pasta} não serve como modelo base: {falta}; baixe-o de novo.")
+
+
 def nome_da_base(cfg: argparse.Namespace) -> str:
     """O nome do modelo base no Hub ou, se é uma pasta desta máquina, só o último nome dela."""
     return Path(cfg.MODELO_BASE).name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE
@@ -854,7 +859,7 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     conversor = garantir_llama_cpp(cfg)
     dir_base = localizar_modelo_base(cfg)
     if falta := o_que_falta(dir_base):
-        raise ErroDeUso(f"a pasta {dir_base} não serve como modelo base: {falta}; baixe-o de novo.")
+        recusar_base(dir_base, falta)
     if recalcula is None:  # o modelo da demonstração, que só agora existe
         acalmar_bibliotecas()
         recalcula = conferir_recursos(cfg, dir_base, dispositivo)
@@ -922,7 +927,7 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
 
     falta, saida = o_que_falta(dir_base), Path(cfg.DIR_SAIDA)
     if falta and (Path(cfg.MODELO_BASE).is_dir() or not (dir_base / "config.json").is_file()):
-        raise ErroDeUso(f"a pasta {dir_base} não serve como modelo base: {falta}; baixe-o de novo.")
+        recusar_base(dir_base, falta)
     try:
         config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False)
         parametros, otimizador, memoria = estimar_memoria(cfg, config, dispositivo)

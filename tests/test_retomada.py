@@ -1,6 +1,5 @@
 """Nada se perde: o programa é morto, interrompido e estragado de todo modo, e a execução seguinte termina igual."""
 
-import hashlib
 import json
 import os
 import resource
@@ -78,19 +77,15 @@ def existe(padrao: str) -> Callable[[Execucao], bool]:
     return lambda execucao: next(execucao.saida.glob(padrao), None)
 
 
-def soma(arquivo: Path) -> str:
-    """SHA-256 de um arquivo."""
-    return hashlib.sha256(arquivo.read_bytes()).hexdigest()
-
-
 def resultado(saida: Path) -> dict[str, str]:
     """As somas do que a execução entrega, e a prova de que ela acabou e não deixou restos."""
-    assert json.loads((saida / "execucao.json").read_text())["situacao"] == "concluída"
-    assert list(json.loads((saida / "execucao.json").read_text())["etapas"]) == list("123456789")
+    registro = json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
+    assert registro["situacao"] == "concluída"
+    assert list(registro["etapas"]) == list("123456789")
     restos = [*saida.rglob(f"{ft.PARCIAL}*"), *saida.rglob("*.parcial"), *saida.glob("base-f16*")]
     assert not restos
     arquivos = ("adaptador_lora/adapter_model.safetensors", "modelo_final/model.safetensors", "novo_modelo.gguf")
-    return {arquivo: soma(saida / arquivo) for arquivo in arquivos}
+    return {arquivo: ft.sha256(saida / arquivo) for arquivo in arquivos}
 
 
 @pytest.fixture(scope="module")
