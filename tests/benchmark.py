@@ -7,6 +7,11 @@ perda em todos os tokens; (b) o `SFTTrainer` do TRL em seu melhor ajuste conheci
 resposta, bf16; (c) este programa. Mesmo modelo em NF4, mesmo LoRA, mesma taxa, mesma passagem única. Cada um corre num
 processo próprio, na ordem a b c c b a; o primeiro passo fica fora da conta; só tokens reais contam, nunca o
 preenchimento. O pico é o maior produto de matrizes em bf16, medido no mesmo processo logo antes.
+
+    python tests/benchmark.py --processos --exemplos 120
+
+Este programa em um processo de um fio, duas linhas por passo, e em dois processos de um fio, uma linha de cada um; a
+memória é a de cada processo.
 """
 
 import argparse
@@ -26,6 +31,8 @@ from conftest import DADOS
 import fine_tuning_saude as ft
 
 BRACOS = {"ingênua": "receita ingênua", "trl": "TRL SFTTrainer", "nosso": "este programa"}
+PROCESSOS = {"um": "um processo de um fio", "dois": "dois processos de um fio"}
+DOIS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def pico_de_matmul() -> float:
@@ -172,13 +179,14 @@ def treinar_nosso(cfg: argparse.Namespace, relogio: Relogio) -> tuple[Any, dict[
 
         contado = relogio.contar(data_collator, contar)
         original(trainer, *args, callbacks=[*callbacks, relogio.callback()], data_collator=contado, **opcoes)
-        trainer.evaluate = lambda *a, **o: {"eval_perda": 0.0}  # a validação é medida depois, igual para os três
+        # a validação é medida depois, igual para os três
+        trainer.evaluate = lambda *a, **o: trainer.log(medida := {"eval_perda": 0.0}) or medida
 
     transformers.Trainer.__init__ = com_relogio
     argumentos = ft.etapa_6_argumentos(cfg, "cpu", quantizacao)
     argumentos.eval_strategy = "no"
     ft.etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
-    return modelo, relogio.medidas(1), validacao
+    return modelo, relogio.medidas(cfg.GRADIENT_ACCUMULATION_STEPS), validacao
 
 
 def comuns(cfg: argparse.Namespace) -> dict[str, Any]:
@@ -203,8 +211,15 @@ def correr(braco: str, opcoes: list[str]) -> dict[str, float]:
     ft.acalmar_bibliotecas()
     cfg = ft.ler_opcoes(["--demo", *opcoes])
     pico = pico_de_matmul()
-    treinar = {"ingênua": treinar_ingenua, "trl": treinar_trl, "nosso": treinar_nosso}[braco]
+    treinar = {"ingênua": treinar_ingenua, "trl": treinar_trl}.get(braco, treinar_nosso)
+    if braco == "dois":
+        ft.juntar_processos()
     modelo, medidas, validacao = treinar(cfg, Relogio())
+    if braco == "dois":
+        import torch.distributed as dist
+
+        dist.all_gather_object(todas := [None, None], medidas)
+        medidas, pico = {nome: sum(medida[nome] for medida in todas) for nome in medidas}, 2 * pico
     medidas["memoria"] = ft.memoria_maxima()
     exemplos = validacao.to_list()
     provas = [ft.comparar_logprobs(p, p, e) for p, e in zip(ft.logprobs(modelo, exemplos), exemplos, strict=True)]
@@ -226,25 +241,32 @@ def main() -> None:
     """Corre os três braços alternados e imprime a tabela em Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--exemplos", type=int, default=60, help="exemplos de treino e validação, sorteados")
-    parser.add_argument("--braco", choices=BRACOS, help=argparse.SUPPRESS)
+    parser.add_argument("--processos", action="store_true", help="um processo de um fio contra dois")
+    parser.add_argument("--braco", choices=BRACOS | PROCESSOS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     saida = Path(tempfile.gettempdir()) / "benchmark-aps"
     opcoes = ["--dir-saida", str(saida), "--max-exemplos", str(args.exemplos), "--fracao-validacao", "0.2"]
     opcoes += ["--arquivo-dados", str(DADOS)]
     if args.braco:
-        print(json.dumps(correr(args.braco, opcoes)))
+        opcoes += ["--gradient-accumulation-steps", "2"] if args.braco == "um" else []
+        medida = correr(args.braco, opcoes)
+        if ft.posicao()[0] == 0:
+            print(json.dumps(medida))
         return
-    medidas: dict[str, list[dict[str, float]]] = {braco: [] for braco in BRACOS}
-    for braco in [*BRACOS, *reversed(BRACOS)]:
-        comando = [sys.executable, __file__, "--braco", braco, "--exemplos", str(args.exemplos)]
-        feito = subprocess.run(comando, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    bracos = PROCESSOS if args.processos else BRACOS
+    ambiente = {**os.environ, "PYTHONWARNINGS": "ignore"} | ({"OMP_NUM_THREADS": "1"} if args.processos else {})
+    medidas: dict[str, list[dict[str, float]]] = {braco: [] for braco in bracos}
+    for braco in [*bracos, *reversed(bracos)]:
+        comando = [sys.executable, *(DOIS if braco == "dois" else ()), __file__, "--braco", braco]
+        comando += ["--exemplos", str(args.exemplos)]
+        feito = subprocess.run(comando, capture_output=True, text=True, env=ambiente)
         if feito.returncode:
             sys.exit(f"{braco}: {feito.stderr[-3000:]}")
         medidas[braco].append(json.loads(feito.stdout.splitlines()[-1]))
         print(braco, medidas[braco][-1], file=sys.stderr, flush=True)
     print("| | tokens reais/s | tokens de resposta/s | memória | perda na validação | parte do pico de matmul |")
     print("|---|---:|---:|---:|---:|---:|")
-    for braco, nome in BRACOS.items():
+    for braco, nome in bracos.items():
         m = {campo: statistics.mean(volta[campo] for volta in medidas[braco]) for campo in medidas[braco][0]}
         velocidades = " e ".join(f"{volta['tokens_s']:.0f}" for volta in medidas[braco])
         print(

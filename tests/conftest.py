@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,14 @@ OPCOES_RAPIDAS = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-ep
 OPCOES_RAPIDAS += ["--fracao-validacao", "0.25", "--max-new-tokens", "8", "--gradient-accumulation-steps", "2"]
 OPCOES_RAPIDAS += ["--exemplos-prova", "5", "--exemplos-imatrix", "4"]
 OPCOES_RAPIDAS += ["--max-length", "512", "--max-tokens-por-linha", "512"]
+
+# as mesmas, com linhas menores e mais checkpoints
+OPCOES = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-epochs", "2", "--max-exemplos", "24"]
+OPCOES += ["--fracao-validacao", "0.25", "--max-new-tokens", "4", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
+OPCOES += ["--max-length", "320", "--max-tokens-por-linha", "320", "--save-steps", "2", "--logging-steps", "1"]
+OPCOES += ["--quantizacoes-gguf", "q8_0", "--arquivo-dados", str(DADOS), "--dir-llama-cpp", str(RAIZ / "llama.cpp")]
+# um fio: com a mesma conta na mesma ordem, o resultado tem de ser o mesmo bit por bit
+AMBIENTE = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def linhas_reais(quantas: int | None = None) -> list[dict[str, str]]:
@@ -53,20 +64,92 @@ def executar_ate_o_fim(*opcoes: object, **ambiente: str) -> dict:
     return json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
 
 
+class Execucao:
+    """O programa em andamento, em um grupo de processos só seu."""
+
+    def __init__(
+        self, saida: Path, base: Path, *opcoes: object, antes: str = "", lancador: tuple[str, ...] = (), **ambiente: str
+    ) -> None:
+        programa = ["-c", f"{antes}\nimport sys; import fine_tuning_saude as ft; sys.exit(ft.main(sys.argv[1:]))"]
+        programa = programa if antes else [str(PROGRAMA)]
+        comando = [
+            *(lancador or [sys.executable]),
+            *programa,
+            "--dir-saida",
+            saida,
+            "--modelo-base",
+            base,
+            *OPCOES,
+            *opcoes,
+        ]
+        self.registro, self.saida = saida.with_name(f"{saida.name}-{time.monotonic_ns()}.txt"), saida
+        with self.registro.open("w") as f:
+            self.processo = subprocess.Popen(
+                list(map(str, comando)),
+                stdout=f,
+                stderr=subprocess.STDOUT,
+                cwd=saida.parent,
+                env={**os.environ, **AMBIENTE, "PYTHONPATH": str(RAIZ), **ambiente},
+                start_new_session=True,
+            )
+
+    @property
+    def dito(self) -> str:
+        """Tudo o que o programa escreveu até agora."""
+        return self.registro.read_text(encoding="utf-8", errors="replace")
+
+    def esperar(self, momento: Callable[["Execucao"], object]) -> "Execucao":
+        """Espera até que `momento` seja verdade, e falha se o programa acaba antes."""
+        while not momento(self):
+            assert self.processo.poll() is None, f"acabou antes do momento:\n{self.dito}"
+            time.sleep(0.005)
+        return self
+
+    def matar(self) -> None:
+        """SIGKILL no programa e em tudo o que ele abriu."""
+        os.killpg(self.processo.pid, signal.SIGKILL)
+        self.processo.wait()
+
+    def terminar(self, codigo: int = 0) -> str:
+        """Espera o fim, exige o código de saída e nenhum traceback, e devolve o que foi dito."""
+        assert self.processo.wait(timeout=300) == codigo, self.dito
+        assert "Traceback" not in self.dito, self.dito
+        return self.dito
+
+
+def disse(texto: str) -> Callable[[Execucao], bool]:
+    """O momento em que o programa escreve `texto`."""
+    return lambda execucao: texto in execucao.dito
+
+
+def existe(padrao: str) -> Callable[[Execucao], bool]:
+    """O momento em que aparece na pasta de saída um arquivo desse padrão."""
+    return lambda execucao: next(execucao.saida.glob(padrao), None)
+
+
 @pytest.fixture(scope="session")
-def vocabulario_phi3(pytestconfig: pytest.Config) -> Path:
-    """O vocabulário real do Phi-3, do mesmo sdist fixado de onde o programa tira o conversor."""
+def vocabularios(pytestconfig: pytest.Config) -> Path:
+    """Pasta com vocabulários reais em GGUF, do mesmo sdist fixado de onde o programa tira o conversor."""
     import fine_tuning_saude as ft
 
-    arquivo = pytestconfig.cache.mkdir("vocabularios") / "ggml-vocab-phi-3.gguf"
-    if not arquivo.is_file():
+    pasta = pytestconfig.cache.mkdir("vocabularios")
+    faltam = {nome for nome in ("phi-3", "llama-bpe", "qwen2") if not (pasta / f"ggml-vocab-{nome}.gguf").is_file()}
+    if faltam:
         with tempfile.TemporaryDirectory() as temporaria:
             requisito = f"llama-cpp-python=={ft.VERSAO_LLAMA_CPP_PYTHON}"
             sdist = ft.baixar_pacote(requisito, ft.SHA256_LLAMA_CPP_PYTHON, Path(temporaria), "--no-binary")
             with tarfile.open(sdist) as tar:
-                (membro,) = (m for m in tar if m.name.endswith("models/ggml-vocab-phi-3.gguf"))
-                arquivo.write_bytes(tar.extractfile(membro).read())
-    return arquivo
+                for membro in tar:
+                    nome = Path(membro.name).name
+                    if nome in {f"ggml-vocab-{falta}.gguf" for falta in faltam}:
+                        (pasta / nome).write_bytes(tar.extractfile(membro).read())
+    return pasta
+
+
+@pytest.fixture(scope="session")
+def vocabulario_phi3(vocabularios: Path) -> Path:
+    """O vocabulário real do Phi-3."""
+    return vocabularios / "ggml-vocab-phi-3.gguf"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Modelos minúsculos e completos, de pesos aleatórios, montados com o vocabulário real do Phi-3."""
+"""Modelos minúsculos e completos, de pesos aleatórios, montados com vocabulários reais."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,20 @@ CHAT_TEMPLATE_PHI3 = (
     "{{'<|user|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'assistant' %}"
     "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+# o do Llama 3, sem as ferramentas
+CHAT_TEMPLATE_LLAMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+# o do Qwen 2.5, sem as ferramentas: põe uma mensagem de sistema quando a conversa não traz nenhuma
+CHAT_TEMPLATE_QWEN = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{% endif %}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -105,4 +119,30 @@ def construir_phi3(destino: Path, vocabulario_gguf: Path, normalizador_prefixa: 
     modelo = Phi3ForCausalLM(config).to(torch.bfloat16)
     modelo.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[32000, 32001, 32007], pad_token_id=32000)
     modelo.save_pretrained(destino)
+    return destino
+
+
+def construir_llama_ou_qwen(destino: Path, vocabularios: Path, familia: str) -> Path:
+    """Escreve em `destino` um Llama ou um Qwen2 de 2 camadas, com o vocabulário e o chat template da família."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+
+    configs = {"llama": LlamaConfig, "qwen": Qwen2Config}
+    arquivo = {"llama": "ggml-vocab-llama-bpe.gguf", "qwen": "ggml-vocab-qwen2.gguf"}[familia]
+    tokenizer = AutoTokenizer.from_pretrained(vocabularios, gguf_file=arquivo)
+    tokenizer.chat_template = {"llama": CHAT_TEMPLATE_LLAMA, "qwen": CHAT_TEMPLATE_QWEN}[familia]
+    tokenizer.save_pretrained(destino)
+    torch.manual_seed(0)
+    config = configs[familia](
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(destino)
     return destino

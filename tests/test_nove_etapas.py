@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, OPCOES_RAPIDAS, RAIZ, executar, linhas_reais
+from conftest import DADOS, OPCOES_RAPIDAS, RAIZ, executar, executar_ate_o_fim, linhas_reais
 
 import fine_tuning_saude as ft
 
@@ -211,10 +211,12 @@ def renderizar_modelfile(modelfile: str, conversa: list[dict[str, str]]) -> str:
     padrao = re.search(r'SYSTEM """(.*?)"""', modelfile, re.S)
     if padrao and conversa[0]["role"] != "system":
         conversa = [{"role": "system", "content": padrao[1]}, *conversa]
-    corpo = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}", template, re.S)[1]
+    inicio, corpo = re.fullmatch(
+        r"(.*)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}", template, re.S
+    ).groups()
     ramos = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', corpo)
     falas = dict(zip(ramos[1::2], ramos[2::2], strict=True))
-    return "".join(falas[m["role"]].replace("{{ .Content }}", m["content"]) for m in conversa)
+    return inicio + "".join(falas[m["role"]].replace("{{ .Content }}", m["content"]) for m in conversa)
 
 
 CONVERSAS = {
@@ -237,3 +239,45 @@ def test_o_modelfile_escreve_a_conversa_como_o_chat_template(
     assert renderizar_modelfile(modelfile, conversa) == esperado
     assert modelfile.startswith("FROM ./novo_modelo-q4_k_m.gguf\n")
     assert re.findall(r'PARAMETER stop "(.+)"', modelfile) == ["<|end|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize(("familia", "fim"), [("llama", "<|eot_id|>"), ("qwen", "<|im_end|>")])
+def test_as_nove_etapas_valem_para_outras_familias_com_seu_proprio_template(
+    familia: str, fim: str, tmp_path: Path, vocabularios: Path
+) -> None:
+    import llama_cpp
+    from modelos import construir_llama_ou_qwen
+
+    base, saida = construir_llama_ou_qwen(tmp_path / "outra", vocabularios, familia), tmp_path / "saida"
+    opcoes = [*OPCOES_RAPIDAS, "--quantizacoes-gguf", "q8_0"]
+    registro = executar_ate_o_fim("--modelo-base", base, "--dir-saida", saida, *opcoes)
+    assert registro["situacao"] == "concluída" and list(registro["etapas"]) == list("123456789")
+    assert registro["perda_validacao"]["depois"] < registro["perda_validacao"]["antes"]
+    tokenizer = ft.carregar_tokenizer(base)
+    assert ft.achar_fim_de_turno(tokenizer) == fim
+    modelo = llama_cpp.Llama(str(saida / "novo_modelo.gguf"), n_ctx=256, verbose=False)
+    assert modelo.metadata["general.architecture"] == {"llama": "llama", "qwen": "qwen2"}[familia]
+    assert modelo.metadata["tokenizer.ggml.eot_token_id"] == str(tokenizer.convert_tokens_to_ids(fim))
+    assert modelo.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+    modelo.close()
+    modelfile = (saida / "Modelfile").read_text(encoding="utf-8")
+    assert fim in re.findall(r'PARAMETER stop "(.+)"', modelfile)
+    for papeis in CONVERSAS.values():
+        conversa = [{"role": papel, "content": f"fala {i}"} for i, papel in enumerate(papeis)]
+        esperado = tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
+        assert renderizar_modelfile(modelfile, conversa) == esperado
+
+
+def test_o_modelfile_vale_para_template_sem_mensagem_de_sistema_e_recusa_o_que_nao_traduz(tokenizer) -> None:  # noqa: ANN001
+    import copy
+
+    outro = copy.deepcopy(tokenizer)
+    turno = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('não') }}{% endif %}"
+    turno += "{{ '[' + m['role'] + ']' + m['content'] + '<|end|>' }}{% endfor %}"
+    outro.chat_template = turno + "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    modelfile = "\n".join(ft.traduzir_template(outro))
+    assert renderizar_modelfile(modelfile, [{"role": "user", "content": "oi"}]) == "<s>[user]oi<|end|>[assistant]"
+    assert '"system"' not in modelfile
+    outro.chat_template = turno + "{% if add_generation_prompt %}{{ '[' + messages | length | string }}{% endif %}"
+    with pytest.raises(ft.FalhaNaExecucao, match="Modelfile"):
+        ft.traduzir_template(outro)

@@ -5,76 +5,15 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, PROGRAMA, RAIZ
+from conftest import DADOS, Execucao, disse, existe
 
 import fine_tuning_saude as ft
-
-OPCOES = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-epochs", "2", "--max-exemplos", "24"]
-OPCOES += ["--fracao-validacao", "0.25", "--max-new-tokens", "4", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
-OPCOES += ["--max-length", "320", "--max-tokens-por-linha", "320", "--save-steps", "2", "--logging-steps", "1"]
-OPCOES += ["--quantizacoes-gguf", "q8_0", "--arquivo-dados", str(DADOS), "--dir-llama-cpp", str(RAIZ / "llama.cpp")]
-# um fio: com a mesma conta na mesma ordem, o resultado tem de ser o mesmo bit por bit
-AMBIENTE = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-
-
-class Execucao:
-    """O programa em andamento, em um grupo de processos só seu."""
-
-    def __init__(self, saida: Path, base: Path, *opcoes: object, antes: str = "", **ambiente: str) -> None:
-        programa = ["-c", f"{antes}\nimport sys; import fine_tuning_saude as ft; sys.exit(ft.main(sys.argv[1:]))"]
-        programa = programa if antes else [str(PROGRAMA)]
-        comando = [sys.executable, *programa, "--dir-saida", saida, "--modelo-base", base, *OPCOES, *opcoes]
-        self.registro, self.saida = saida.with_name(f"{saida.name}-{time.monotonic_ns()}.txt"), saida
-        with self.registro.open("w") as f:
-            self.processo = subprocess.Popen(
-                list(map(str, comando)),
-                stdout=f,
-                stderr=subprocess.STDOUT,
-                cwd=saida.parent,
-                env={**os.environ, **AMBIENTE, "PYTHONPATH": str(RAIZ), **ambiente},
-                start_new_session=True,
-            )
-
-    @property
-    def dito(self) -> str:
-        """Tudo o que o programa escreveu até agora."""
-        return self.registro.read_text(encoding="utf-8", errors="replace")
-
-    def esperar(self, momento: Callable[["Execucao"], object]) -> "Execucao":
-        """Espera até que `momento` seja verdade, e falha se o programa acaba antes."""
-        while not momento(self):
-            assert self.processo.poll() is None, f"acabou antes do momento:\n{self.dito}"
-            time.sleep(0.005)
-        return self
-
-    def matar(self) -> None:
-        """SIGKILL no programa e em tudo o que ele abriu."""
-        os.killpg(self.processo.pid, signal.SIGKILL)
-        self.processo.wait()
-
-    def terminar(self, codigo: int = 0) -> str:
-        """Espera o fim, exige o código de saída e nenhum traceback, e devolve o que foi dito."""
-        assert self.processo.wait(timeout=300) == codigo, self.dito
-        assert "Traceback" not in self.dito, self.dito
-        return self.dito
-
-
-def disse(texto: str) -> Callable[[Execucao], bool]:
-    """O momento em que o programa escreve `texto`."""
-    return lambda execucao: texto in execucao.dito
-
-
-def existe(padrao: str) -> Callable[[Execucao], bool]:
-    """O momento em que aparece na pasta de saída um arquivo desse padrão."""
-    return lambda execucao: next(execucao.saida.glob(padrao), None)
 
 
 def resultado(saida: Path) -> dict[str, str]:

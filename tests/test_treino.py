@@ -97,6 +97,19 @@ def test_so_as_posicoes_que_preveem_resposta_sao_projetadas(phi3: Path, exemplos
     assert seguintes.tolist() == respostas, "cada posição guardada prevê o token seguinte"
 
 
+def test_a_conta_direta_do_adaptador_e_a_do_peft(phi3: Path, exemplos: list[dict[str, Any]]) -> None:
+    modelo = carregar(phi3, "por_exemplo", False)
+    direta, diretos = gradientes(modelo, [exemplos])
+    trocadas = 0
+    for camada in modelo.modules():
+        trocadas += bool(getattr(camada, "lora_variant", {}).pop("default", False))
+    assert trocadas == 8
+    do_peft, esperados = gradientes(modelo, [exemplos])
+    assert direta == pytest.approx(do_peft, abs=1e-6)
+    for nome, gradiente in esperados.items():
+        assert (gradiente - diretos[nome]).abs().max() < 1e-5, nome
+
+
 def softcap(phi3: Path):  # noqa: ANN201
     """Um Gemma 2 minúsculo, que muda os logits depois de projetar, com adaptadores que não são zero."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -147,9 +160,10 @@ def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mi
     # na linha cheia de verdade, o que se guarda para a volta
     total = sum(len(exemplo["input_ids"]) for exemplo in exemplos)
     cfg = ft.ler_opcoes(["--max-length", str(total), "--max-tokens-por-linha", str(total)])
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.bfloat16)
+    AttentionInterface.register("por_exemplo", ft.atencao_por_exemplo)
+    base = AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.bfloat16, attn_implementation="por_exemplo")
     modelo = ft.etapa_4_lora(cfg, base).train()
     dos_pesos = {peso.untyped_storage().data_ptr() for peso in modelo.parameters()}
     guardados: dict[int, torch.UntypedStorage] = {}
@@ -159,7 +173,8 @@ def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mi
             guardados[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    lote = {nome: v for nome, v in ft.juntar_exemplos(exemplos).items() if nome in ("input_ids", "position_ids")}
+    lote = ft.juntar_exemplos(exemplos)
+    lote = {nome: v for nome, v in lote.items() if nome not in ("labels", "logits_to_keep")}
     ganchos = torch.autograd.graph.saved_tensors_hooks(guardar, lambda tensor: tensor)
     with ganchos, torch.autocast("cpu", torch.bfloat16):
         modelo.get_base_model().base_model(**lote, use_cache=False)
@@ -206,7 +221,8 @@ def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia(
     opcoes = ["--dir-saida", str(tmp_path), "--num-train-epochs", "2", "--max-length", "60", "--optim", "adamw_torch"]
     cfg = ft.ler_opcoes([*opcoes, "--max-tokens-por-linha", "60"])
     # doze exemplos de mesmo tamanho, cada um com um id só seu, três por linha
-    treino = [{"input_ids": [100 + i] * 20, "labels": [ft.IGNORADO] * 10 + [100 + i] * 10} for i in range(12)]
+    rotulos = [[ft.IGNORADO] * 10 + [100 + i] * 10 for i in range(12)]
+    treino = [{"input_ids": [100 + i] * 20, "labels": rotulos[i], "tokens": 20} for i in range(12)]
     vistos: list[tuple[int, ...]] = []
 
     def anotar(linha: list[dict[str, Any]]) -> dict[str, Any]:
@@ -219,7 +235,7 @@ def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia(
     quantizacao = ft.etapa_2_quantizacao("cpu")
     modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(phi3, "cpu", quantizacao))
     argumentos = ft.etapa_6_argumentos(cfg, "cpu", quantizacao)
-    validacao = [{"input_ids": [7] * 8, "labels": [ft.IGNORADO] * 4 + [7] * 4}] * 2
+    validacao = [{"input_ids": [7] * 8, "labels": [ft.IGNORADO] * 4 + [7] * 4, "tokens": 8}] * 2
     ft.etapa_7_treinamento(cfg, modelo, Dataset.from_list(treino), Dataset.from_list(validacao), argumentos)
     passagens = vistos[:4], vistos[4:]
     for linhas in passagens:
