@@ -211,7 +211,8 @@ def juntar_processos() -> None:
     signal.signal(signal.SIGTERM, parar)  # é como o torchrun encerra os que sobram quando um cai
     if com_gpu := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if com_gpu else "gloo", timeout=timedelta(days=365))
+    entre_gpus = com_gpu and torch.distributed.is_nccl_available()  # que no Windows não existe
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if entre_gpus else "gloo", timeout=timedelta(days=365))
 
 
 def so_o_primeiro(fazer: Any, *args: Any) -> Any:

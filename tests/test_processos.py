@@ -14,6 +14,7 @@ from conftest import Execucao, disse, existe
 import fine_tuning_saude as ft
 
 DOIS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2")
 # o mesmo número de linhas por passo: duas de um processo, ou uma de cada um
 UM_SO = ["--gradient-accumulation-steps", "2"]
 
@@ -59,6 +60,15 @@ def test_dois_processos_treinam_o_mesmo_que_um_com_o_dobro_da_acumulacao(
     assert len([nome for _, nome, _ in de_um if nome == "loss"]) > 4
     for (passo, nome, antes), (_, _, depois) in zip(de_um, de_dois, strict=True):
         assert depois == pytest.approx(antes, abs=1e-4), (passo, nome)
+
+
+def test_o_accelerate_launch_faz_o_mesmo_que_o_torchrun(
+    tmp_path: Path, phi3: Path, dois_processos: tuple[Path, str]
+) -> None:
+    saida = tmp_path / "saida"
+    Execucao(saida, phi3, lancador=ACCELERATE).terminar()
+    assert json.loads((saida / "execucao.json").read_text(encoding="utf-8"))["processos"] == 2
+    assert curva(saida) == curva(dois_processos[0])
 
 
 def test_um_so_processo_fala_e_escreve(dois_processos: tuple[Path, str]) -> None:
