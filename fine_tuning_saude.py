@@ -1416,18 +1416,23 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
     na validação: (saída do modelo, rótulos) → log-verossimilhança negativa de cada token, em nats, (1, tokens).
     """
     import torch
-    from torch.nn.functional import cross_entropy
 
+    @torch.no_grad()
     def nll(estados: Any, alvos: Any, derivar: bool = False) -> tuple[Any, list[Any]]:
-        perdas, gradientes = [], []
-        partes = estados[0].detach().split(TOKENS_POR_PEDACO)  # com três dimensões, o PyTorch copiaria a projeção
+        perdas, gradientes, tipo = [], [], cabeca.weight.dtype
+        partes = estados[0].split(TOKENS_POR_PEDACO)  # com três dimensões, o PyTorch copiaria a projeção
         for parte, alvo in zip(partes, alvos[0].split(TOKENS_POR_PEDACO), strict=True):
-            with torch.set_grad_enabled(derivar):
-                parte = parte.to(cabeca.weight.dtype).requires_grad_(derivar)
-                perda = cross_entropy(projetar(parte).float(), alvo, reduction="none")
-            perdas.append(perda.detach())
-            if derivar:  # em fp16, um gradiente pequeno sumiria se não fosse aumentado na volta
-                gradientes.append(torch.autograd.grad(1024 * perda.sum(), parte)[0].float() / 1024)
+            log_p = projetar(parte.to(tipo)).float().log_softmax(-1)
+            certos = torch.arange(len(alvo), device=alvo.device), alvo
+            perdas.append(-log_p[certos])
+            if derivar:
+                erro = log_p.exp_()  # a derivada da perda em relação aos logits é a probabilidade menos o alvo
+                erro[certos] -= 1
+                if projetar is cabeca:
+                    if tipo == torch.float16:  # onde as probabilidades pequenas sumiriam
+                        erro *= 1024
+                    erro = (erro.to(tipo) @ cabeca.weight).float() / (1024 if tipo == torch.float16 else 1)
+                gradientes.append(erro)
         return torch.cat(perdas)[None], gradientes
 
     def perda(logits: Any, labels: Any, vocab_size: Any = None, num_items_in_batch: Any = None, **_: Any) -> Any:
