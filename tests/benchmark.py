@@ -5,7 +5,7 @@
 (a) a receita ingênua: cada exemplo preenchido até 512, um por vez e quatro por passo, com gradient checkpointing e
 perda em todos os tokens; (b) o `SFTTrainer` do TRL em seu melhor ajuste conhecido: packing de 1.024 tokens, perda só na
 resposta, bf16; (c) este programa. Mesmo modelo em NF4, mesmo LoRA, mesma taxa, mesma passagem única. Cada um corre num
-processo próprio, na ordem a b c c b a; o primeiro passo fica fora da conta; só tokens reais contam, nunca o
+processo próprio, na ordem a b c, c b a, a b c; o primeiro passo fica fora da conta; só tokens reais contam, nunca o
 preenchimento. O pico é o maior produto de matrizes em bf16, medido no mesmo processo logo antes.
 
     python tests/benchmark.py --processos --exemplos 120
@@ -15,6 +15,7 @@ memória é a de cada processo.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -241,6 +242,7 @@ def main() -> None:
     """Corre os três braços alternados e imprime a tabela em Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--exemplos", type=int, default=60, help="exemplos de treino e validação, sorteados")
+    parser.add_argument("--voltas", type=int, default=3, help="vezes que cada um corre; a tabela traz as medianas")
     parser.add_argument("--processos", action="store_true", help="um processo de um fio contra dois")
     parser.add_argument("--braco", choices=BRACOS | PROCESSOS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -256,7 +258,7 @@ def main() -> None:
     bracos = PROCESSOS if args.processos else BRACOS
     ambiente = {**os.environ, "PYTHONWARNINGS": "ignore"} | ({"OMP_NUM_THREADS": "1"} if args.processos else {})
     medidas: dict[str, list[dict[str, float]]] = {braco: [] for braco in bracos}
-    for braco in [*bracos, *reversed(bracos)]:
+    for braco in itertools.chain(*([*bracos][:: 1 - 2 * (volta % 2)] for volta in range(args.voltas))):
         comando = [sys.executable, *(DOIS if braco == "dois" else ()), __file__, "--braco", braco]
         comando += ["--exemplos", str(args.exemplos)]
         feito = subprocess.run(comando, capture_output=True, text=True, env=ambiente)
@@ -267,10 +269,10 @@ def main() -> None:
     print("| | tokens reais/s | tokens de resposta/s | memória | perda na validação | parte do pico de matmul |")
     print("|---|---:|---:|---:|---:|---:|")
     for braco, nome in bracos.items():
-        m = {campo: statistics.mean(volta[campo] for volta in medidas[braco]) for campo in medidas[braco][0]}
-        velocidades = " e ".join(f"{volta['tokens_s']:.0f}" for volta in medidas[braco])
+        m = {campo: statistics.median(volta[campo] for volta in medidas[braco]) for campo in medidas[braco][0]}
+        voltas = ", ".join(f"{volta['tokens_s']:.0f}" for volta in medidas[braco])
         print(
-            f"| {nome} | {velocidades} | {m['respostas_s']:.0f} | {m['memoria'] / 2**30:.2f} GiB "
+            f"| {nome} | {m['tokens_s']:.0f} ({voltas}) | {m['respostas_s']:.0f} | {m['memoria'] / 2**30:.2f} GiB "
             f"| {ft.numero(m['perda'])} | {100 * m['parte_do_pico']:.0f} % |"
         )
 
