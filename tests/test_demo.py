@@ -46,8 +46,7 @@ def test_a_demonstracao_leva_no_maximo_oito_minutos(demonstracao: tuple[Path, di
     assert sum(etapa["segundos"] for etapa in demonstracao[1]["etapas"].values()) <= 8 * 60
 
 
-def test_a_prova_soma_cerca_de_um_quarto_ao_tempo_da_demonstracao(demonstracao: tuple[Path, dict]) -> None:
-    # sem a prova, as etapas 8 e 9 levavam 13 s; a meta é 25 %, e a folga é para máquinas ocupadas
+def test_merge_gguf_e_prova_levam_no_maximo_cem_segundos(demonstracao: tuple[Path, dict]) -> None:
+    # em relação ao treino a conta mudaria com a CPU: com AMX o treino leva a metade do tempo, e a prova o mesmo
     segundos = {numero: etapa["segundos"] for numero, etapa in demonstracao[1]["etapas"].items()}
-    sem_a_prova = 13 + sum(segundos[n] for n in "1234567")
-    assert segundos["8"] + segundos["9"] - 13 <= 0.30 * sem_a_prova
+    assert segundos["8"] + segundos["9"] <= 100
