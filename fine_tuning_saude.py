@@ -21,6 +21,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -210,7 +211,9 @@ def juntar_processos() -> None:
 
     signal.signal(signal.SIGTERM, parar)  # é como o torchrun encerra os que sobram quando um cai
     if com_gpu := torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            raise ErroDeUso(f"há mais processos que placas nesta máquina ({torch.cuda.device_count()}).")
+        torch.cuda.set_device(local)
     entre_gpus = com_gpu and torch.distributed.is_nccl_available()  # que no Windows não existe
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if entre_gpus else "gloo", timeout=timedelta(days=365))
 
@@ -989,6 +992,7 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     ram = psutil.virtual_memory()
     na_maquina = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processos que dividem a RAM
     livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else ram.available // na_maquina
+    memoria = {sim_nao: bytes_ / (posicao()[1] if em_fsdp() else 1) for sim_nao, bytes_ in memoria.items()}
     recalcula = {"sim": True, "nao": False, "auto": memoria[False] > 0.9 * livre}[cfg.GRADIENT_CHECKPOINTING]
     em_16_bits, GiB = 2 * parametros, 2**30
     # no fim, base, modelo final e seu GGUF em 16 bits com a base quantizada, ou os dois últimos com todos os tipos;
@@ -1125,7 +1129,7 @@ def conferir_tamanhos(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreT
 
 
 def etapa_3_modelo(dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig) -> PreTrainedModel:
-    """Carrega o modelo base, em 4 bits, num só dispositivo."""
+    """Carrega o modelo base, em 4 bits, no dispositivo deste processo ou, com FSDP, repartido depois."""
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -1155,8 +1159,7 @@ def atencao_por_exemplo(
     """Atenção causal dentro de cada exemplo da linha, que o `sdpa` com máscara densa calcularia entre todos.
 
     `query`, `key` e `value` são (1, cabeças, tokens, dimensão) e `cu_seq_lens_q` traz onde cada exemplo começa, e o
-    fim. Dá o mesmo que o `sdpa`, sem o trabalho que a máscara joga fora: com linhas de 1.024 tokens, o treino na CPU
-    ficou 1,25 vez mais rápido.
+    fim. Dá o mesmo que o `sdpa`, a menos do arredondamento, sem o trabalho que a máscara joga fora.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -1260,25 +1263,27 @@ def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTra
     Ficam em disco, em `checkpoints/dados/`, e são lidos de lá aos poucos; se pares e tokenizer são os mesmos, não se
     codifica de novo.
     """
-    import datasets
+    from datasets import Dataset, Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
 
-    fim = achar_fim_de_turno(tokenizer)
+    fim, codigo = achar_fim_de_turno(tokenizer), inspect.getsource(codificar) + inspect.getsource(prompt_e_ids)
     vocabulario = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer.get_vocab())
-    soma = hashlib.sha256(f"{metadata.version('tokenizers')}{vocabulario}{tokenizer.chat_template}".encode())
+    versoes = [metadata.version(pacote) for pacote in ("tokenizers", "transformers", "datasets")]
+    soma = hashlib.sha256(repr([codigo, versoes, vocabulario, tokenizer.chat_template, tokenizer.bos_token]).encode())
     for par in pares:
         soma.update(repr(par).encode())
-
-    def gerar() -> Iterator[dict[str, Any]]:
-        for par in pares:
-            exemplo = codificar(tokenizer, fim, par)
-            yield exemplo | par._asdict() | {"tokens": len(exemplo["input_ids"])}
-
-    datasets.disable_progress_bars()
     pasta = Path(cfg.DIR_SAIDA) / "checkpoints" / "dados"
-    try:
-        return datasets.Dataset.from_generator(gerar, cache_dir=str(pasta), fingerprint=soma.hexdigest()[:32])
-    except datasets.exceptions.DatasetGenerationError as erro:
-        raise (erro.__cause__ or erro) from None
+    arquivo = f"{soma.hexdigest()[:16]}.arrow"
+    if not ((pasta / arquivo).is_file() and esta_inteira(pasta)):
+        numeros, texto, numero = List(Value("int32")), Value("string"), Value("int64")
+        campos = {"input_ids": numeros, "labels": numeros, "tokens": numero, "linha": numero}
+        campos |= {campo: texto for campo in Par._fields if campo != "linha"}
+        with pasta_inteira(pasta) as nova, ArrowWriter(features=Features(campos), path=str(nova / arquivo)) as escritor:
+            for par in pares:
+                exemplo = codificar(tokenizer, fim, par)
+                escritor.write(exemplo | par._asdict() | {"tokens": len(exemplo["input_ids"])})
+            escritor.finalize()
+    return Dataset.from_file(str(pasta / arquivo))
 
 
 def etapa_6_argumentos(
@@ -1486,33 +1491,40 @@ def etapa_7_treinamento(
             if valores := ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs):
                 log.info("      passo %d/%d: %s", state.global_step, state.max_steps, valores)
 
+        parar = False
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # o Accelerate só o faz com um processo, e não numa passagem retomada pelo meio
+            linhas.set_epoch(int(state.epoch or 0))
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.parar = bool(pedidos)
             if posicao()[1] > 1:  # todos param no mesmo passo
                 torch.distributed.all_reduce(total := torch.tensor(len(pedidos)))
-                pedidos[:] = [signal.SIGINT] * int(total)
-            if pedidos:
+                self.parar = bool(total)
+            if self.parar:
                 control.should_save = control.should_training_stop = True
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_evaluate = control.should_evaluate and not pedidos
+            control.should_evaluate = control.should_evaluate and not self.parar
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if posicao()[1] > 1:
                 torch.distributed.barrier()  # cada processo escreve ali o estado dos seus sorteios
             so_o_primeiro(selar_checkpoint, pasta / f"checkpoint-{state.global_step}")
 
-    pasta = Path(argumentos.output_dir)
+    pasta, linhas, diario = Path(argumentos.output_dir), Linhas(treino, cfg), Diario()
     modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
     with perda_em_pedacos(modelo.get_base_model()) as nll_por_token, ctrl_c_adiado() as pedidos:
         trainer = Trainer(
             model=modelo,
             args=argumentos,
-            train_dataset=Linhas(treino, cfg),
+            train_dataset=linhas,
             eval_dataset=Linhas(validacao, cfg),
-            data_collator=lambda linhas: linhas[0],  # uma por lote
+            data_collator=lambda lote: lote[0],  # uma linha por lote
             preprocess_logits_for_metrics=nll_por_token,
             compute_metrics=perda_media,
-            callbacks=[Diario()],
+            callbacks=[diario],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
@@ -1521,7 +1533,7 @@ def etapa_7_treinamento(
         argumentos.eval_on_start = checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint)
         medidos = [linha["step"] for linha in trainer.state.log_history if "eval_perda" in linha]
-        if not pedidos and trainer.state.global_step not in medidos:
+        if not diario.parar and trainer.state.global_step not in medidos:
             trainer.evaluate()  # a execução anterior parou entre o último checkpoint e a última avaliação
         if pedidos:
             raise KeyboardInterrupt
@@ -1965,10 +1977,15 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         sistema, depois_do_sistema, *_ = em_volta("system", "user")
         sistema = sistema.removeprefix(inicio)
     if sistema and usuario.startswith(sistema) and usuario.endswith(depois_do_sistema):
-        # o template põe uma mensagem de sistema quando a conversa não traz nenhuma: no Ollama, a instrução SYSTEM
-        linhas.append(f'SYSTEM """{usuario[len(sistema) : -len(depois_do_sistema)]}"""')
+        if padrao := usuario[len(sistema) : -len(depois_do_sistema)]:
+            # o template põe esta mensagem quando a conversa não traz nenhuma: no Ollama, a instrução SYSTEM
+            linhas.append(f'SYSTEM """{padrao}"""')
+        else:  # ou, como o do Llama 3.1, só o cabeçalho dela
+            inicio, sistema = inicio + sistema, ""
         usuario = depois_do_sistema
-    if not entre.endswith(usuario) or not depois_do_sistema.endswith(usuario) or geracao != antes_da_resposta:
+    elif not depois_do_sistema.endswith(usuario):
+        sistema = None  # o template, como o do Mistral, põe o sistema dentro da pergunta, o que no Ollama não se diz
+    if not entre.endswith(usuario) or geracao != antes_da_resposta:
         raise FalhaNaExecucao("o chat template do modelo base não pode ser traduzido para o Modelfile do Ollama.")
     falas = {"user": (usuario, antes_da_resposta), "assistant": ("", entre.removesuffix(usuario))}
     if sistema is not None:
@@ -2160,8 +2177,10 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     with registro.etapa(5, "Dados"):
         treino, validacao = so_o_primeiro(etapa_5_dados, cfg, pares, tokenizer)
         # sorteados, porque a separação por grupos deixa os parecidos juntos
-        amostra = treino.shuffle(cfg.SEED).select(range(min(cfg.EXEMPLOS_IMATRIX, len(treino)))).to_list()
-        provas = validacao.shuffle(cfg.SEED).select(range(min(cfg.EXEMPLOS_PROVA, len(validacao)))).to_list()
+        amostra, provas = (
+            parte.shuffle(cfg.SEED, keep_in_memory=True).select(range(min(quantos, len(parte)))).to_list()
+            for parte, quantos in ((treino, cfg.EXEMPLOS_IMATRIX), (validacao, cfg.EXEMPLOS_PROVA))
+        )
         perguntas = validacao["pergunta"][:] + treino["pergunta"][:AMOSTRA_PROMPTS]
     with registro.etapa(6, "Argumentos de treino"):
         argumentos = etapa_6_argumentos(cfg, dispositivo, quantizacao, recalcula)
@@ -2172,6 +2191,7 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         import torch
 
         torch.distributed.destroy_process_group()
+        torch.set_num_threads(os.cpu_count() or 1)  # o torchrun dá um fio a cada processo, e agora só resta um
     if quem > 0:
         return  # o que falta é de um só
     del modelo  # libera a memória antes de recarregar a base em 16 bits

@@ -278,6 +278,26 @@ def test_o_modelfile_vale_para_template_sem_mensagem_de_sistema_e_recusa_o_que_n
     modelfile = "\n".join(ft.traduzir_template(outro))
     assert renderizar_modelfile(modelfile, [{"role": "user", "content": "oi"}]) == "<s>[user]oi<|end|>[assistant]"
     assert '"system"' not in modelfile
+    # o do Llama 3.1 escreve sempre o cabeçalho do sistema, com mensagem ou sem
+    outro.chat_template = "{{ '<s>[system]' }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
+    outro.chat_template += "{% set messages = messages[1:] %}{% endif %}{{ '<|end|>' }}{% for m in messages %}"
+    outro.chat_template += "{{ '[' + m['role'] + ']' + m['content'] + '<|end|>' }}{% endfor %}"
+    outro.chat_template += "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    modelfile = "\n".join(ft.traduzir_template(outro))
+    for papeis in CONVERSAS.values():
+        conversa = [{"role": papel, "content": f"fala {i}"} for i, papel in enumerate(papeis)]
+        esperado = outro.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
+        assert renderizar_modelfile(modelfile, conversa) == esperado
+    # o do Mistral põe a mensagem do sistema dentro da pergunta
+    outro.chat_template = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]' + ("
+    outro.chat_template += (
+        "messages[0]['content'] + ' ' if messages[0]['role'] == 'system' and loop.index == 2 else '')"
+    )
+    outro.chat_template += " + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
+    outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    modelfile = "\n".join(ft.traduzir_template(outro))
+    assert renderizar_modelfile(modelfile, [{"role": "user", "content": "oi"}]) == "<s>[user]oi<|end|>[assistant]"
+    assert '"system"' not in modelfile
     outro.chat_template = turno + "{% if add_generation_prompt %}{{ '[' + messages | length | string }}{% endif %}"
     with pytest.raises(ft.FalhaNaExecucao, match="Modelfile"):
         ft.traduzir_template(outro)

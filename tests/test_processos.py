@@ -103,7 +103,8 @@ def test_o_que_dois_comecaram_um_continua_se_as_linhas_por_passo_sao_as_mesmas(
 
 
 def test_ctrl_c_em_dois_processos_grava_um_checkpoint_no_mesmo_passo(tmp_path: Path, phi3: Path) -> None:
-    execucao = Execucao(tmp_path / "saida", phi3, lancador=DOIS).esperar(disse("passo 3/"))
+    # sem outro checkpoint antes: o que houver é o do Ctrl-C
+    execucao = Execucao(tmp_path / "saida", phi3, "--save-steps", "1000", lancador=DOIS).esperar(disse("passo 3/"))
     os.kill(execucao.processo.pid, signal.SIGINT)  # ao torchrun, que o repassa
     assert execucao.processo.wait(timeout=120) != 0
     assert execucao.dito.count("interrompido por quem executa") >= 1

@@ -1,12 +1,14 @@
 """O treino em linhas cheias dá o mesmo que exemplo por exemplo, e cada um entra uma vez por passagem."""
 
+import itertools
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import exemplos_reais
+from conftest import exemplos_reais, linhas_reais
 
 import fine_tuning_saude as ft
 
@@ -213,17 +215,18 @@ def test_duzentos_mil_exemplos_sao_empacotados_em_segundos() -> None:
     assert sum(map(len, linhas)) == 200_000
 
 
-def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia(
-    phi3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def treinar_doze(phi3: Path, saida: Path, vistos: list[tuple[int, ...]]) -> None:
+    """Treina, por duas passagens de quatro passos, doze exemplos de um mesmo tamanho, cada um com um id só seu.
+
+    Anota em `vistos` os exemplos de cada linha, na ordem em que são treinadas.
+    """
     from datasets import Dataset
 
-    opcoes = ["--dir-saida", str(tmp_path), "--num-train-epochs", "2", "--max-length", "60", "--optim", "adamw_torch"]
-    cfg = ft.ler_opcoes([*opcoes, "--max-tokens-por-linha", "60"])
-    # doze exemplos de mesmo tamanho, cada um com um id só seu, três por linha
+    opcoes = ["--dir-saida", str(saida), "--num-train-epochs", "2", "--max-length", "60", "--optim", "adamw_torch"]
+    cfg = ft.ler_opcoes([*opcoes, "--max-tokens-por-linha", "60", "--save-steps", "2"])
     rotulos = [[ft.IGNORADO] * 10 + [100 + i] * 10 for i in range(12)]
     treino = [{"input_ids": [100 + i] * 20, "labels": rotulos[i], "tokens": 20} for i in range(12)]
-    vistos: list[tuple[int, ...]] = []
+    validacao = [{"input_ids": [7] * 8, "labels": [ft.IGNORADO] * 4 + [7] * 4, "tokens": 8}] * 2
 
     def anotar(linha: list[dict[str, Any]]) -> dict[str, Any]:
         if linha[0]["input_ids"][0] >= 100:
@@ -231,13 +234,64 @@ def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia(
         return original(linha)
 
     original = ft.juntar_exemplos
-    monkeypatch.setattr(ft, "juntar_exemplos", anotar)
     quantizacao = ft.etapa_2_quantizacao("cpu")
     modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(phi3, "cpu", quantizacao))
     argumentos = ft.etapa_6_argumentos(cfg, "cpu", quantizacao)
-    validacao = [{"input_ids": [7] * 8, "labels": [ft.IGNORADO] * 4 + [7] * 4, "tokens": 8}] * 2
-    ft.etapa_7_treinamento(cfg, modelo, Dataset.from_list(treino), Dataset.from_list(validacao), argumentos)
+    with pytest.MonkeyPatch.context() as trocas:
+        trocas.setattr(ft, "juntar_exemplos", anotar)
+        ft.etapa_7_treinamento(cfg, modelo, Dataset.from_list(treino), Dataset.from_list(validacao), argumentos)
+
+
+def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia_e_a_retomada_pelo_meio_tambem(
+    phi3: Path, tmp_path: Path
+) -> None:
+    vistos: list[tuple[int, ...]] = []
+    treinar_doze(phi3, tmp_path, vistos)
     passagens = vistos[:4], vistos[4:]
     for linhas in passagens:
         assert sorted(i for linha in linhas for i in linha) == list(range(100, 112))
     assert set(passagens[0]) != set(passagens[1])
+    # uma queda depois do passo 6, no meio da segunda passagem
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-8")
+    retomados: list[tuple[int, ...]] = []
+    treinar_doze(phi3, tmp_path, retomados)
+    assert retomados[-2:] == vistos[6:]
+
+
+@pytest.mark.parametrize("por_extenso_ate", [0, 512], ids=["sdpa", "por_extenso"])
+def test_a_atencao_por_exemplo_com_cabecas_agrupadas_e_a_do_pytorch(
+    por_extenso_ate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    monkeypatch.setattr(ft, "POR_EXTENSO_ATE", por_extenso_ate)
+    torch.manual_seed(0)
+    limites = [0, 5, 6, 23]
+    q, k, v = (torch.randn(1, cabecas, 23, 8, requires_grad=True) for cabecas in (4, 2, 2))
+    obtido, _ = ft.atencao_por_exemplo(None, q, k, v, None, cu_seq_lens_q=limites, scaling=0.3)
+    pesos = torch.randn_like(obtido)
+    do_obtido = torch.autograd.grad((obtido * pesos).sum(), (q, k, v))
+    partes = [tuple(t[:, :, a:b] for t in (q, k, v)) for a, b in itertools.pairwise(limites)]
+    certos = [scaled_dot_product_attention(*p, is_causal=True, scale=0.3, enable_gqa=True) for p in partes]
+    certo = torch.cat(certos, dim=2).transpose(1, 2)
+    assert (obtido - certo).abs().max() < 1e-5
+    for gradiente, esperado in zip(do_obtido, torch.autograd.grad((certo * pesos).sum(), (q, k, v)), strict=True):
+        assert (gradiente - esperado).abs().max() < 1e-5
+
+
+def test_os_exemplos_ficam_guardados_e_o_que_se_estragou_no_disco_nao_e_usado(phi3: Path, tmp_path: Path) -> None:
+    cfg, tokenizer = ft.ler_opcoes(["--dir-saida", str(tmp_path)]), ft.carregar_tokenizer(phi3)
+    pares = [ft.Par(i, linha["input"], linha["output"]) for i, linha in enumerate(linhas_reais(30))]
+    certos = ft.codificar_dados(cfg, pares, tokenizer).to_list()
+    assert [exemplo["tokens"] for exemplo in certos] == [len(exemplo["input_ids"]) for exemplo in certos]
+    assert certos[3]["input_ids"] == ft.codificar(tokenizer, "<|end|>", pares[3])["input_ids"]
+    (guardado,) = (tmp_path / "checkpoints" / "dados").glob("*.arrow")
+    escrito = guardado.stat().st_mtime_ns
+    assert ft.codificar_dados(cfg, pares, tokenizer).to_list() == certos
+    assert guardado.stat().st_mtime_ns == escrito, "com os mesmos pares, não se tokeniza de novo"
+    inteiro = guardado.read_bytes()
+    for estragado in (inteiro[: len(inteiro) // 2], inteiro[: len(inteiro) // 2] + bytes(len(inteiro) // 2), b""):
+        guardado.write_bytes(estragado)
+        assert ft.codificar_dados(cfg, pares, tokenizer).to_list() == certos
+    assert ft.codificar_dados(cfg, pares[:20], tokenizer).to_list() == certos[:20]
+    assert not guardado.exists(), "os textos de antes não ficam"
