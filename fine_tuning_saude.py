@@ -1484,14 +1484,14 @@ def etapa_7_treinamento(
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
     class Diario(TrainerCallback):
-        """Põe no diário da execução cada linha que o `Trainer` registra."""
+        """Escreve o diário, refaz as linhas a cada passagem, sela os checkpoints e para quando se pede."""
+
+        parar = False
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             mostrados = ("loss", "eval_perda", "grad_norm", "learning_rate")
             if valores := ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs):
                 log.info("      passo %d/%d: %s", state.global_step, state.max_steps, valores)
-
-        parar = False
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # o Accelerate só o faz com um processo, e não numa passagem retomada pelo meio
@@ -1535,7 +1535,7 @@ def etapa_7_treinamento(
         medidos = [linha["step"] for linha in trainer.state.log_history if "eval_perda" in linha]
         if not diario.parar and trainer.state.global_step not in medidos:
             trainer.evaluate()  # a execução anterior parou entre o último checkpoint e a última avaliação
-        if pedidos:
+        if pedidos or diario.parar:
             raise KeyboardInterrupt
     nomes = ("loss", "eval_perda")
     curva = [[linha["step"], n, linha[n]] for linha in trainer.state.log_history for n in nomes if n in linha]
