@@ -83,13 +83,18 @@ MOMENTOS = {
 }
 
 
+# o adaptador é escrito em milissegundos: com uma pausa, o momento não passa despercebido
+DEVAGAR = "import shutil, time; copiar = shutil.copyfile; shutil.copyfile = lambda *a: (copiar(*a), time.sleep(2))"
+
+
 @pytest.fixture(scope="module")
 def mortas(pasta: Path, base: Path, intacta: tuple[Path, dict[str, str]]) -> dict[str, str]:
     """Para cada momento: mata o programa nele, executa de novo e guarda o que a segunda execução disse, se acabou."""
 
     def matar_e_repetir(momento: str) -> str:
         saida = pasta / momento
-        Execucao(saida, base).esperar(MOMENTOS[momento]).matar()
+        antes = DEVAGAR if "adaptador" in momento else ""
+        Execucao(saida, base, antes=antes).esperar(MOMENTOS[momento]).matar()
         return Execucao(saida, base).terminar()
 
     with ThreadPoolExecutor(2) as dois:
