@@ -1425,6 +1425,7 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
     @torch.no_grad()
     def nll(estados: Any, alvos: Any, derivar: bool = False) -> tuple[Any, list[Any]]:
         perdas, gradientes, tipo = [], [], cabeca.weight.dtype
+        escala = 1024 if tipo == torch.float16 else 1  # em fp16 as probabilidades pequenas sumiriam
         partes = estados[0].split(TOKENS_POR_PEDACO)  # com três dimensões, o PyTorch copiaria a projeção
         for parte, alvo in zip(partes, alvos[0].split(TOKENS_POR_PEDACO), strict=True):
             log_p = projetar(parte.to(tipo)).float().log_softmax(-1)
@@ -1434,9 +1435,9 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
                 erro = log_p.exp_()  # a derivada da perda em relação aos logits é a probabilidade menos o alvo
                 erro[certos] -= 1
                 if projetar is cabeca:
-                    if tipo == torch.float16:  # onde as probabilidades pequenas sumiriam
-                        erro *= 1024
-                    erro = (erro.to(tipo) @ cabeca.weight).float() / (1024 if tipo == torch.float16 else 1)
+                    if escala > 1:
+                        erro *= escala
+                    erro = (erro.to(tipo) @ cabeca.weight).float() / escala
                 gradientes.append(erro)
         return torch.cat(perdas)[None], gradientes
 
@@ -2178,8 +2179,8 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         treino, validacao = so_o_primeiro(etapa_5_dados, cfg, pares, tokenizer)
         # sorteados, porque a separação por grupos deixa os parecidos juntos
         amostra, provas = (
-            parte.shuffle(cfg.SEED, keep_in_memory=True).select(range(min(quantos, len(parte)))).to_list()
-            for parte, quantos in ((treino, cfg.EXEMPLOS_IMATRIX), (validacao, cfg.EXEMPLOS_PROVA))
+            parte.shuffle(cfg.SEED, keep_in_memory=True).select(range(min(maximo, len(parte)))).to_list()
+            for parte, maximo in ((treino, cfg.EXEMPLOS_IMATRIX), (validacao, cfg.EXEMPLOS_PROVA))
         )
         perguntas = validacao["pergunta"][:] + treino["pergunta"][:AMOSTRA_PROMPTS]
     with registro.etapa(6, "Argumentos de treino"):

@@ -27,13 +27,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conftest import DADOS
+from conftest import DADOS, DOIS
 
 import fine_tuning_saude as ft
 
 BRACOS = {"ingênua": "receita ingênua", "trl": "TRL SFTTrainer", "nosso": "este programa"}
 PROCESSOS = {"um": "um processo de um fio", "dois": "dois processos de um fio"}
-DOIS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def pico_de_matmul() -> float:
@@ -259,7 +258,7 @@ def main() -> None:
     ambiente = {**os.environ, "PYTHONWARNINGS": "ignore"} | ({"OMP_NUM_THREADS": "1"} if args.processos else {})
     medidas: dict[str, list[dict[str, float]]] = {braco: [] for braco in bracos}
     for braco in itertools.chain(*([*bracos][:: 1 - 2 * (volta % 2)] for volta in range(args.voltas))):
-        comando = [sys.executable, *(DOIS if braco == "dois" else ()), __file__, "--braco", braco]
+        comando = [*(DOIS if braco == "dois" else [sys.executable]), __file__, "--braco", braco]
         comando += ["--exemplos", str(args.exemplos)]
         feito = subprocess.run(comando, capture_output=True, text=True, env=ambiente)
         if feito.returncode:

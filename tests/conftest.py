@@ -23,11 +23,13 @@ OPCOES_RAPIDAS += ["--fracao-validacao", "0.25", "--max-new-tokens", "8", "--gra
 OPCOES_RAPIDAS += ["--exemplos-prova", "5", "--exemplos-imatrix", "4"]
 OPCOES_RAPIDAS += ["--max-length", "512", "--max-tokens-por-linha", "512"]
 
-# as mesmas, com linhas menores e mais checkpoints
-OPCOES = ["--treinar-na-cpu", "--learning-rate", "0.01", "--num-train-epochs", "2", "--max-exemplos", "24"]
-OPCOES += ["--fracao-validacao", "0.25", "--max-new-tokens", "4", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
+# as mesmas, com linhas menores e mais checkpoints: a opção repetida vale por último
+OPCOES = [*OPCOES_RAPIDAS, "--gradient-accumulation-steps", "1"]
+OPCOES += ["--max-new-tokens", "4", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
 OPCOES += ["--max-length", "320", "--max-tokens-por-linha", "320", "--save-steps", "2", "--logging-steps", "1"]
 OPCOES += ["--quantizacoes-gguf", "q8_0", "--arquivo-dados", str(DADOS), "--dir-llama-cpp", str(RAIZ / "llama.cpp")]
+# dois processos nesta máquina
+DOIS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # um fio: com a mesma conta na mesma ordem, o resultado tem de ser o mesmo bit por bit
 AMBIENTE = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
@@ -133,15 +135,14 @@ def vocabularios(pytestconfig: pytest.Config) -> Path:
     import fine_tuning_saude as ft
 
     pasta = pytestconfig.cache.mkdir("vocabularios")
-    faltam = {nome for nome in ("phi-3", "llama-bpe", "qwen2") if not (pasta / f"ggml-vocab-{nome}.gguf").is_file()}
-    if faltam:
+    nomes = {f"ggml-vocab-{nome}.gguf" for nome in ("phi-3", "llama-bpe", "qwen2")}
+    if faltam := {nome for nome in nomes if not (pasta / nome).is_file()}:
         with tempfile.TemporaryDirectory() as temporaria:
             requisito = f"llama-cpp-python=={ft.VERSAO_LLAMA_CPP_PYTHON}"
             sdist = ft.baixar_pacote(requisito, ft.SHA256_LLAMA_CPP_PYTHON, Path(temporaria), "--no-binary")
             with tarfile.open(sdist) as tar:
                 for membro in tar:
-                    nome = Path(membro.name).name
-                    if nome in {f"ggml-vocab-{falta}.gguf" for falta in faltam}:
+                    if (nome := Path(membro.name).name) in faltam:
                         (pasta / nome).write_bytes(tar.extractfile(membro).read())
     return pasta
 

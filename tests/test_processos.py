@@ -9,11 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Execucao, disse, existe
+from conftest import DOIS, Execucao, disse, existe
 
 import fine_tuning_saude as ft
 
-DOIS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2")
 # o mesmo número de linhas por passo: duas de um processo, ou uma de cada um
 UM_SO = ["--gradient-accumulation-steps", "2"]
