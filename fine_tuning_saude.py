@@ -1173,9 +1173,9 @@ def atencao_por_exemplo(
     def atender(q: Any, k: Any, v: Any) -> Any:
         n, grupos = q.shape[2], k.shape[1]
         if na_cpu and n <= POR_EXTENSO_ATE:  # por extenso, com as cabeças que dividem a mesma chave num só produto
-            notas = (q * scaling).reshape(1, grupos, -1, q.shape[-1]) @ k.mT
-            pesos = notas.view(1, grupos, -1, n, n).add_(futuro[:n, :n]).softmax(-1)
-            return (pesos.view_as(notas) @ v).view_as(q)
+            q_juntas, vista = q.reshape(grupos, -1, q.shape[-1]), futuro[:n, :n].repeat(q.shape[1] // grupos, 1)
+            notas = torch.baddbmm(vista, q_juntas, k[0].mT, alpha=scaling)
+            return torch.bmm(notas.softmax(-1), v[0]).view_as(q)
         q, k, v = (q.float(), k.float(), v.float()) if na_cpu else (q, k, v)
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grupos < q.shape[1])
 
