@@ -1593,19 +1593,18 @@ def etapa_8_merge(
     else:
         base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
     com_adaptador = PeftModel.from_pretrained(base, Path(cfg.DIR_SAIDA) / "adaptador_lora")
-    with calculo_em_fp32(base):
-        certas = list(logprobs(com_adaptador, provas[:PROVAS_EXATAS]))
-        modelo = com_adaptador.merge_and_unload()
-        referencia = list(logprobs(modelo, provas))
-        importancia = medir_importancia(modelo, amostra)
-    exato = juntar_medidas(list(map(comparar_logprobs, certas, referencia, provas)))
-    log.info("      carga, merge e prova: %.1f s", time.perf_counter() - inicio)
-    perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
-    exigir_fidelidade("merge", perdido, exato)
     with pasta_inteira(Path(cfg.DIR_SAIDA) / "checkpoints" / "prova") as provisoria:
-        np.save(provisoria / "referencia.npy", np.concatenate(referencia))
-        np.savez(provisoria / "importancia.npz", **importancia)
-    del certas, referencia  # centenas de MB, que não precisam estar na memória enquanto se grava o modelo
+        medidas = []
+        with calculo_em_fp32(base), (provisoria / "referencia.npy").open("wb") as referencia:
+            certas = list(logprobs(com_adaptador, provas[:PROVAS_EXATAS]))
+            modelo = com_adaptador.merge_and_unload()
+            for prova, certa, obtida in itertools.zip_longest(provas, certas, logprobs(modelo, provas)):
+                np.save(referencia, obtida)  # uma após a outra: todas juntas na memória, seriam centenas de MB
+                medidas += [] if certa is None else [comparar_logprobs(certa, obtida, prova)]
+            np.savez(provisoria / "importancia.npz", **medir_importancia(modelo, amostra))
+        log.info("      carga, merge e prova: %.1f s", time.perf_counter() - inicio)
+        perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
+        exigir_fidelidade("merge", perdido, juntar_medidas(medidas))
     eos = modelo.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
     modelo.generation_config.eos_token_id = sorted({*eos, id_do_fim_de_turno(tokenizer)})
@@ -1846,10 +1845,11 @@ def provar_gguf(
 ) -> dict[str, Any]:
     """Abre o GGUF no llama.cpp, como um servidor, e mede-o nas provas, contra as log-probabilidades de `referencia`.
 
-    Gera resposta para as primeiras `gerar` provas. Se vêm `esperado` (pergunta, prompt, ids) e `fim`, exige do arquivo
-    o mesmo prompt, os mesmos ids e o mesmo fim de turno. Devolve `kl`, `top1` e `nll` médios por token, e os de cada
-    prova em `por_prova` (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na memória do
-    sistema), `prompt_tok_s`, `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
+    `referencia` traz um array por prova, um após o outro, na ordem delas. Gera resposta para as primeiras `gerar`
+    provas. Se vêm `esperado` (pergunta, prompt, ids) e `fim`, exige do arquivo o mesmo prompt, os mesmos ids e o mesmo
+    fim de turno. Devolve `kl`, `top1` e `nll` médios por token, e os de cada prova em `por_prova`
+    (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na memória do sistema), `prompt_tok_s`,
+    `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
     """
     import llama_cpp
     import numpy as np
@@ -1875,16 +1875,16 @@ def provar_gguf(
     medida["memoria"] = memoria_maxima()
     modelo.close()
     modelo = llama_cpp.Llama(str(gguf), n_ctx=max(len(p["input_ids"]) for p in provas), logits_all=True, **opcoes)
-    certas, posicao, medida["por_prova"] = np.load(referencia, mmap_mode="r"), 0, []
-    for prova in provas:
-        modelo.reset()
-        modelo.eval(prova["input_ids"])
-        prompt, total = prova["labels"].count(IGNORADO), len(prova["input_ids"])
-        logits = modelo.scores[prompt - 1 : total - 1]
-        logits = logits - logits.max(-1, keepdims=True)
-        obtida = logits - np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-        certa = certas[posicao : (posicao := posicao + len(obtida))]
-        medida["por_prova"].append(comparar_logprobs(certa, obtida, prova))
+    medida["por_prova"] = []
+    with referencia.open("rb") as certas:
+        for prova in provas:
+            modelo.reset()
+            modelo.eval(prova["input_ids"])
+            prompt, total = prova["labels"].count(IGNORADO), len(prova["input_ids"])
+            logits = modelo.scores[prompt - 1 : total - 1]
+            logits = logits - logits.max(-1, keepdims=True)
+            obtida = logits - np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+            medida["por_prova"].append(comparar_logprobs(np.load(certas), obtida, prova))
     modelo.close()
     return medida | juntar_medidas(medida["por_prova"])
 
