@@ -1,6 +1,6 @@
 """Mede o tempo e a memória do merge num modelo da forma do Phi-3-mini, de pesos sorteados: python tests/medir_merge.py.
 
-Pede 10 GB de memória e 16 GB de disco. Os safetensors são lidos com pread, como o transformers faz no Windows: com o
+Pede 11 GB de memória e 16 GB de disco. Os safetensors são lidos com pread, como o transformers faz no Windows: com o
 mmap do Linux, a conta traria também as páginas dos arquivos, que o sistema toma de volta quando precisa.
 """
 
