@@ -40,14 +40,15 @@ def linhas_reais(quantas: int | None = None) -> list[dict[str, str]]:
 
 
 def exemplos_reais(base: Path, quantos: int) -> list[dict]:
-    """As primeiras linhas do arquivo de dados, codificadas como na etapa 5 com o tokenizer do Phi-3 em `base`."""
+    """As primeiras linhas do arquivo de dados, codificadas como na etapa 5 com o tokenizer de `base`."""
     from transformers import AutoTokenizer
 
     import fine_tuning_saude as ft
 
     tokenizer = AutoTokenizer.from_pretrained(base)
+    fim = ft.achar_fim_de_turno(tokenizer)
     pares = [ft.Par(i, linha["input"], linha["output"]) for i, linha in enumerate(linhas_reais(quantos))]
-    return [ft.codificar(tokenizer, "<|end|>", par) | par._asdict() for par in pares]
+    return [ft.codificar(tokenizer, fim, par) | par._asdict() for par in pares]
 
 
 def executar(*opcoes: object, pasta: Path = RAIZ, **ambiente: str) -> subprocess.CompletedProcess[str]:

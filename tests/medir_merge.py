@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from conftest import linhas_reais
+from conftest import exemplos_reais
 
 import fine_tuning_saude as ft
 
@@ -49,11 +49,10 @@ def fundir(pasta: Path) -> tuple[float, int]:
     ft.log.setLevel(logging.INFO)
     cfg = ft.ler_opcoes(["--dir-saida", str(pasta)])
     tokenizer = ft.carregar_tokenizer(pasta / ft.MODELO_DEMO)
-    fim, exemplos = ft.achar_fim_de_turno(tokenizer), []
-    for i, linha in enumerate(linhas_reais(cfg.EXEMPLOS_PROVA + cfg.EXEMPLOS_IMATRIX)):
-        exemplo = ft.codificar(tokenizer, fim, ft.Par(i, linha["input"], linha["output"]))
-        # o vocabulário da demonstração é maior que o do modelo medido
-        exemplos.append({nome: [ft.IGNORADO if n < 0 else n % 32_000 for n in ids] for nome, ids in exemplo.items()})
+    exemplos = exemplos_reais(pasta / ft.MODELO_DEMO, cfg.EXEMPLOS_PROVA + cfg.EXEMPLOS_IMATRIX)
+    for exemplo in exemplos:  # o vocabulário da demonstração é maior que o do modelo medido
+        for nome in ("input_ids", "labels"):
+            exemplo[nome] = [ft.IGNORADO if n < 0 else n % 32_000 for n in exemplo[nome]]
     provas, amostra = exemplos[: cfg.EXEMPLOS_PROVA], exemplos[cfg.EXEMPLOS_PROVA :]
     inicio = time.perf_counter()
     ft.etapa_8_merge(cfg, pasta / "base", tokenizer, ft.etapa_2_quantizacao("cpu"), provas, amostra)
