@@ -1621,18 +1621,27 @@ def etapa_8_merge(
 
 @contextlib.contextmanager
 def calculo_em_fp32(modelo: PreTrainedModel) -> Iterator[None]:
-    """Faz cada camada de 16 bits calcular em fp32, crescendo só enquanto calcula.
+    """Faz cada camada de 16 bits calcular em fp32, com uma cópia que só existe enquanto ela calcula.
 
     Em bf16 o arredondamento das ativações sozinho dá KL de 0,001, o limite com que se prova a conversão; e o modelo
-    inteiro em fp32 ocuparia o dobro da memória. A volta a bf16 é exata: os valores vieram de lá.
+    inteiro em fp32 ocuparia o dobro da memória.
     """
     import torch
 
-    ganchos = []
+    def para_fp32(camada: Any, _: Any) -> None:
+        guardados.extend((peso, peso.data) for peso in camada.parameters(recurse=False))
+        camada.float()
+
+    def de_volta(*_: Any) -> None:
+        for peso, valores in guardados:
+            peso.data = valores
+        guardados.clear()
+
+    ganchos, guardados = [], []
     for camada in modelo.modules():
         if any(peso.dtype == torch.bfloat16 for peso in camada.parameters(recurse=False)):
-            ganchos.append(camada.register_forward_pre_hook(lambda camada, _: camada.float() and None))
-            ganchos.append(camada.register_forward_hook(lambda camada, *_: camada.bfloat16() and None))
+            ganchos.append(camada.register_forward_pre_hook(para_fp32))
+            ganchos.append(camada.register_forward_hook(de_volta))
     yield
     for gancho in ganchos:
         gancho.remove()
@@ -1645,25 +1654,28 @@ def logprobs(modelo: Any, exemplos: list[dict[str, Any]]) -> Iterator[Any]:
     """
     import torch
 
-    for i in range(0, len(exemplos), 4):
-        linha = juntar_exemplos(exemplos[i : i + 4])
+    @torch.inference_mode()
+    def da_linha(juntos: list[dict[str, Any]]) -> list[Any]:
+        linha = juntar_exemplos(juntos)
         del linha["labels"], linha["shift_labels"]
-        with torch.inference_mode():
-            logits = modelo.eval()(**linha, use_cache=False).logits[0]
-        tamanhos = [len(e["labels"]) - e["labels"].count(IGNORADO) for e in exemplos[i : i + 4]]
-        yield from (parte.numpy() for parte in logits.float().log_softmax(-1).split(tamanhos))
+        logits = modelo.eval()(**linha, use_cache=False).logits[0]
+        tamanhos = [len(e["labels"]) - e["labels"].count(IGNORADO) for e in juntos]
+        return [parte.numpy() for parte in logits.float().log_softmax(-1).split(tamanhos)]
+
+    for i in range(0, len(exemplos), 4):
+        yield from da_linha(exemplos[i : i + 4])
 
 
 def medir_importancia(modelo: Any, exemplos: list[dict[str, Any]]) -> dict[str, Any]:
     """Média do quadrado de cada coluna da entrada de cada camada linear, como o llama-imatrix: {nome: (colunas,)}."""
     import torch
 
-    somas: dict[str, Any] = {}
+    somas, tokens = {}, collections.Counter()
 
     def somar(nome: str, entrada: Any) -> None:
-        quadrados = entrada.detach().float().square().flatten(0, -2)
-        soma, tokens = somas.get(nome, (0, 0))
-        somas[nome] = soma + quadrados.sum(0), tokens + len(quadrados)
+        soma = somas.setdefault(nome, torch.zeros(entrada.shape[-1]))
+        soma += entrada.detach().float().square().flatten(0, -2).sum(0)
+        tokens[nome] += entrada.shape[-2]
 
     lineares = [(nome, c) for nome, c in modelo.named_modules() if isinstance(c, torch.nn.Linear)]
     ganchos = [c.register_forward_pre_hook(lambda _, x, nome=nome: somar(nome, x[0])) for nome, c in lineares]
@@ -1671,7 +1683,7 @@ def medir_importancia(modelo: Any, exemplos: list[dict[str, Any]]) -> dict[str, 
         pass
     for gancho in ganchos:
         gancho.remove()
-    return {nome: (soma / tokens).numpy() for nome, (soma, tokens) in somas.items()}
+    return {nome: (soma / tokens[nome]).numpy() for nome, soma in somas.items()}
 
 
 def comparar_logprobs(certa: Any, obtida: Any, exemplo: dict[str, Any]) -> dict[str, Any]:
