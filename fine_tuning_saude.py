@@ -2253,6 +2253,8 @@ def main(argv: list[str] | None = None) -> int:
     """Lê as opções, executa as nove etapas e devolve o código de saída."""
     for terminal in (sys.stdout, sys.stderr):
         terminal.reconfigure(errors="replace")  # um terminal que não conhece "ã" não derruba a execução
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # barras de progresso das bibliotecas; o tqdm só o lê ao ser importado
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.ERROR if posicao()[0] else logging.INFO)
     cfg = ler_opcoes(argv)
