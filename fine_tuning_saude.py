@@ -476,14 +476,10 @@ def sha256(arquivo: Path) -> str:
 
 def acalmar_bibliotecas() -> None:
     """Tira do terminal os avisos das bibliotecas que não pedem nada de quem executa."""
-    import transformers
-
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     for nome in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
         logging.getLogger(nome).setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     calar_llama_cpp()
 
 
@@ -1600,7 +1596,8 @@ def etapa_8_merge(
             modelo = com_adaptador.merge_and_unload()
             for prova, certa, obtida in itertools.zip_longest(provas, certas, logprobs(modelo, provas)):
                 np.save(referencia, obtida)  # uma após a outra: todas juntas na memória, seriam centenas de MB
-                medidas += [] if certa is None else [comparar_logprobs(certa, obtida, prova)]
+                if certa is not None:
+                    medidas.append(comparar_logprobs(certa, obtida, prova))
             np.savez(provisoria / "importancia.npz", **medir_importancia(modelo, amostra))
         log.info("      carga, merge e prova: %.1f s", time.perf_counter() - inicio)
         perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
