@@ -1,7 +1,10 @@
 """O que os testes dividem: o programa executado como um usuário o executa, e modelos minúsculos para ele."""
 
+import hashlib
 import json
+import multiprocessing.spawn
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +12,16 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from interprete import Processo, executavel, soquete_de
 
 RAIZ = Path(__file__).parent.parent
 sys.path.insert(0, str(RAIZ))
+# um fio do libgomp que espera dormindo não rouba o processador a quem calcula, numa máquina com mais fios que núcleos
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PROGRAMA = RAIZ / "fine_tuning_saude.py"
 DADOS = RAIZ / "perguntas_respostas_APS_2000.jsonl"
 # poucas linhas, taxa alta e várias passagens: o adaptador de um modelo minúsculo muda o bastante para ser visto
@@ -51,9 +58,14 @@ def exemplos_reais(base: Path, quantos: int) -> list[dict]:
     return [ft.codificar(tokenizer, fim, par) | par._asdict() for par in pares]
 
 
-def executar(*opcoes: object, pasta: Path = RAIZ, **ambiente: str) -> subprocess.CompletedProcess[str]:
-    """Executa o programa em `pasta`, com o llama.cpp do projeto, e devolve código de saída e o que ele disse."""
-    comando = [sys.executable, str(PROGRAMA), "--dir-llama-cpp", str(RAIZ / "llama.cpp"), *map(str, opcoes)]
+def executar(
+    *opcoes: object, pasta: Path = RAIZ, python: str = "", **ambiente: str
+) -> subprocess.CompletedProcess[str]:
+    """Executa o programa em `pasta`, com o llama.cpp do projeto, e devolve código de saída e o que ele disse.
+
+    O Python é o de `interprete`, ou `python`, se o que se quer provar pede um que comece do nada.
+    """
+    comando = [python or executavel(), str(PROGRAMA), "--dir-llama-cpp", str(RAIZ / "llama.cpp"), *map(str, opcoes)]
     return subprocess.run(
         comando, cwd=pasta, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **ambiente}
     )
@@ -75,26 +87,18 @@ class Execucao:
     ) -> None:
         programa = ["-c", f"{antes}\nimport sys; import fine_tuning_saude as ft; sys.exit(ft.main(sys.argv[1:]))"]
         programa = programa if antes else [str(PROGRAMA)]
-        comando = [
-            *(lancador or [sys.executable]),
-            *programa,
-            "--dir-saida",
-            saida,
-            "--modelo-base",
-            base,
-            *OPCOES,
-            *opcoes,
-        ]
+        comando = [*lancador, *programa, "--dir-saida", saida, "--modelo-base", base, *OPCOES, *opcoes]
+        comando = list(map(str, comando))
+        ambiente = {**os.environ, **AMBIENTE, "PYTHONPATH": str(RAIZ), **ambiente}
         self.registro, self.saida = saida.with_name(f"{saida.name}-{time.monotonic_ns()}.txt"), saida
         with self.registro.open("w") as f:
-            self.processo = subprocess.Popen(
-                list(map(str, comando)),
-                stdout=f,
-                stderr=subprocess.STDOUT,
-                cwd=saida.parent,
-                env={**os.environ, **AMBIENTE, "PYTHONPATH": str(RAIZ), **ambiente},
-                start_new_session=True,
-            )
+            if lancador:
+                self.processo = subprocess.Popen(
+                    comando, stdout=f, stderr=f, cwd=saida.parent, env=ambiente, start_new_session=True
+                )
+            else:
+                soquete, pasta, abertos = soquete_de(executavel()), str(saida.parent), {1: f.fileno(), 2: f.fileno()}
+                self.processo = Processo(comando, ambiente, pasta, abertos, soquete, sessao=True)
 
     @property
     def dito(self) -> str:
@@ -149,17 +153,44 @@ def vocabularios(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vocabulario_phi3(vocabularios: Path) -> Path:
-    """O vocabulário real do Phi-3."""
-    return vocabularios / "ggml-vocab-phi-3.gguf"
+def construido(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, vocabularios: Path
+) -> Callable[..., Path]:
+    """Função que dá uma cópia, só desta sessão, de um modelo minúsculo: o nome dele em `modelos` e o que o distingue.
+
+    Construir um pede de 3 a 12 segundos: ficam guardados de uma sessão para outra, enquanto não mudam o código que os
+    constrói, os vocabulários e as versões do que os escreve.
+    """
+    import modelos
+
+    partes = [Path(modelos.__file__).read_text(encoding="utf-8"), *sorted(a.name for a in vocabularios.iterdir())]
+    partes += [metadata.version(pacote) for pacote in ("torch", "transformers", "tokenizers", "gguf", "sentencepiece")]
+    guardados = pytestconfig.cache.mkdir("modelos") / hashlib.sha256(repr(partes).encode()).hexdigest()[:16]
+
+    def construir(nome: str, *opcoes: object) -> Path:
+        guardado = guardados / "-".join(map(str, (nome, *opcoes)))
+        if not guardado.is_dir():
+            with tempfile.TemporaryDirectory(dir=pytestconfig.cache.mkdir("modelos")) as temporaria:
+                getattr(modelos, f"construir_{nome}")(Path(temporaria) / "modelo", vocabularios, *opcoes)
+                guardados.mkdir(exist_ok=True)
+                (Path(temporaria) / "modelo").rename(guardado)
+        # um nome que não diz que modelo é
+        return Path(shutil.copytree(guardado, tmp_path_factory.mktemp("base") / "minusculo"))
+
+    return construir
 
 
 @pytest.fixture(scope="session")
-def phi3(tmp_path_factory: pytest.TempPathFactory, vocabulario_phi3: Path) -> Path:
+def phi3(construido: Callable[..., Path]) -> Path:
     """Um Phi-3 completo de 2 camadas, numa pasta cujo nome não diz que é um Phi-3."""
-    from modelos import construir_phi3
+    return construido("phi3", False)
 
-    return construir_phi3(tmp_path_factory.mktemp("base") / "minusculo", vocabulario_phi3)
+
+@pytest.fixture
+def filhos_rapidos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faz os processos que o próprio pytest abre, o conversor e os da prova, nascerem com tudo importado."""
+    monkeypatch.setattr(sys, "executable", executavel())
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", os.fsencode(executavel()))
 
 
 # quem tenta sair da máquina é recusado, e a tentativa fica escrita
@@ -185,7 +216,7 @@ def demonstracao(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     ft.preparar_modelo_demo(cfg)
     (pasta / "sitecustomize.py").write_text(SEM_REDE)
     sem_rede = {"PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(pasta / "tentativas.txt")}
-    return saida, executar_ate_o_fim("--demo", "--dir-saida", saida, **sem_rede)
+    return saida, executar_ate_o_fim("--demo", "--dir-saida", saida, python=sys.executable, **sem_rede)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A demonstração inteira, como um novo usuário a executa."""
 
+import sys
 from pathlib import Path
 
 from conftest import executar
@@ -17,7 +18,8 @@ def test_com_tudo_na_maquina_nada_tenta_usar_a_rede(demonstracao: tuple[Path, di
     assert not (pasta / "tentativas.txt").exists(), (pasta / "tentativas.txt").read_text()
     # a recusa funciona: quem precisa da rede é barrado e fica escrito
     sem_rede = {"PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(tmp_path / "tentativas.txt")}
-    feito = executar("--demo", "--dir-saida", tmp_path / "saida", "--modelo-base", "ninguem/nada", **sem_rede)
+    opcoes = ("--demo", "--dir-saida", tmp_path / "saida", "--modelo-base", "ninguem/nada")
+    feito = executar(*opcoes, python=sys.executable, **sem_rede)
     assert feito.returncode == 2 and (tmp_path / "tentativas.txt").read_text()
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -243,12 +244,11 @@ def test_o_modelfile_escreve_a_conversa_como_o_chat_template(
 
 @pytest.mark.parametrize(("familia", "fim"), [("llama", "<|eot_id|>"), ("qwen", "<|im_end|>")])
 def test_as_nove_etapas_valem_para_outras_familias_com_seu_proprio_template(
-    familia: str, fim: str, tmp_path: Path, vocabularios: Path
+    familia: str, fim: str, tmp_path: Path, construido: Callable[..., Path]
 ) -> None:
     import llama_cpp
-    from modelos import construir_llama_ou_qwen
 
-    base, saida = construir_llama_ou_qwen(tmp_path / "outra", vocabularios, familia), tmp_path / "saida"
+    base, saida = construido("llama_ou_qwen", familia), tmp_path / "saida"
     opcoes = [*OPCOES_RAPIDAS, "--quantizacoes-gguf", "q8_0"]
     registro = executar_ate_o_fim("--modelo-base", base, "--dir-saida", saida, *opcoes)
     assert registro["situacao"] == "concluída" and list(registro["etapas"]) == list("123456789")

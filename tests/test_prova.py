@@ -3,16 +3,17 @@
 import json
 import math
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import OPCOES_RAPIDAS, RAIZ, exemplos_reais, linhas_reais
-from modelos import construir_phi3
+from interprete import executavel
 
 import fine_tuning_saude as ft
 
+pytestmark = pytest.mark.usefixtures("filhos_rapidos")
 CONVERSOR = RAIZ / "llama.cpp" / "convert_hf_to_gguf.py"
 
 
@@ -175,11 +176,11 @@ def test_o_merge_na_base_de_4_bits_soma_o_adaptador_aos_valores_que_o_treino_viu
 
 @pytest.mark.parametrize(("prefixa", "primeiro"), [(False, 29949), (True, 438)], ids=["sem_prefixo", "com_prefixo"])
 def test_o_llama_cpp_tokeniza_como_o_treino_nas_duas_especies_de_tokenizer_do_phi3(
-    prefixa: bool, primeiro: int, vocabulario_phi3: Path, tmp_path: Path
+    prefixa: bool, primeiro: int, construido: Callable[..., Path], tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
-    base = construir_phi3(tmp_path / "minusculo", vocabulario_phi3, prefixa)
+    base = construido("phi3", prefixa)
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert ft.prompt_e_ids(tokenizer, "O que é APS?")[1][1] == primeiro
     ft.converter(CONVERSOR, base, f16 := tmp_path / "f16.gguf")
@@ -296,7 +297,7 @@ def test_sabotagem_e_acusada_com_mensagem_e_codigo_1(sabotagem: str, phi3: Path,
     codigo, ditos = SABOTAGENS[sabotagem]
     programa = f"import sys\nsys.path.insert(0, {str(RAIZ)!r})\nimport fine_tuning_saude as ft\n{codigo}"
     opcoes = ["--modelo-base", phi3, "--dir-saida", tmp_path / "saida", "--dir-llama-cpp", RAIZ / "llama.cpp"]
-    comando = [sys.executable, "-c", f"{programa}\nsys.exit(ft.main())", *opcoes, *OPCOES_RAPIDAS]
+    comando = [executavel(), "-c", f"{programa}\nsys.exit(ft.main())", *opcoes, *OPCOES_RAPIDAS]
     feito = subprocess.run([*map(str, comando)], cwd=RAIZ, capture_output=True, text=True, encoding="utf-8")
     assert feito.returncode == 1, feito.stdout + feito.stderr
     for dito in ditos:

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,12 @@ def base(pasta: Path, phi3: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def intacta(pasta: Path, base: Path) -> tuple[Path, dict[str, str]]:
-    """Uma execução que ninguém interrompeu, e as somas do que entregou."""
-    execucao = Execucao(pasta / "intacta", base, HOME=str(pasta))
+    """Uma execução que ninguém interrompeu, e as somas do que entregou.
+
+    Num Python que começa do nada: se algo dependesse da ordem de um conjunto, que muda de um processo para outro, as
+    outras execuções, filhas todas do mesmo servidor, teriam outra ordem que não a desta.
+    """
+    execucao = Execucao(pasta / "intacta", base, lancador=(sys.executable,), HOME=str(pasta))
     execucao.terminar()
     return execucao.saida, resultado(execucao.saida)
 
