@@ -135,11 +135,11 @@ def construir_llama_ou_qwen(destino: Path, vocabularios: Path, familia: str) -> 
     torch.manual_seed(0)
     config = configs[familia](
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=64,  # com 128 ou 150 mil tokens no vocabulário, é o que decide o tempo de tudo
+        intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

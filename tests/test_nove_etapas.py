@@ -249,7 +249,7 @@ def test_as_nove_etapas_valem_para_outras_familias_com_seu_proprio_template(
     import llama_cpp
 
     base, saida = construido("llama_ou_qwen", familia), tmp_path / "saida"
-    opcoes = [*OPCOES_RAPIDAS, "--quantizacoes-gguf", "q8_0"]
+    opcoes = [*OPCOES_RAPIDAS, "--quantizacoes-gguf", "q8_0", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
     registro = executar_ate_o_fim("--modelo-base", base, "--dir-saida", saida, *opcoes)
     assert registro["situacao"] == "concluída" and list(registro["etapas"]) == list("123456789")
     assert registro["perda_validacao"]["depois"] < registro["perda_validacao"]["antes"]

@@ -10,12 +10,18 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import DOIS, Execucao, disse, existe
+from interprete import executavel
 
 import fine_tuning_saude as ft
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2")
 # o mesmo número de linhas por passo: duas de um processo, ou uma de cada um
 UM_SO = ["--gradient-accumulation-steps", "2"]
+
+
+def rapidos() -> dict[str, str]:
+    """O ambiente em que o torchrun, que é o de verdade, abre os processos com tudo importado (`interprete`)."""
+    return {"PYTHON_EXEC": executavel()}
 
 
 def curva(saida: Path) -> list[tuple[int, str, float]]:
@@ -44,7 +50,7 @@ def dois_processos(tmp_path_factory: pytest.TempPathFactory, phi3: Path) -> tupl
 def morta(tmp_path: Path, phi3: Path) -> Iterator[tuple[Path, str]]:
     """Dois processos, dos quais o segundo é morto no treino, depois de um checkpoint: a pasta e o que se disse."""
     saida = tmp_path / "saida"
-    execucao = Execucao(saida, phi3, lancador=DOIS).esperar(existe(f"checkpoints/checkpoint-2/{ft.SOMAS}"))
+    execucao = Execucao(saida, phi3, lancador=DOIS, **rapidos()).esperar(existe(f"checkpoints/checkpoint-2/{ft.SOMAS}"))
     filhos = {p.environ()["RANK"]: p for p in psutil.Process(execucao.processo.pid).children()}
     filhos["1"].send_signal(signal.SIGKILL)
     assert execucao.processo.wait(timeout=120) != 0
@@ -65,7 +71,7 @@ def test_o_accelerate_launch_faz_o_mesmo_que_o_torchrun(
     tmp_path: Path, phi3: Path, dois_processos: tuple[Path, str]
 ) -> None:
     saida = tmp_path / "saida"
-    Execucao(saida, phi3, lancador=ACCELERATE).terminar()
+    Execucao(saida, phi3, lancador=ACCELERATE, **rapidos()).terminar()
     assert json.loads((saida / "execucao.json").read_text(encoding="utf-8"))["processos"] == 2
     assert curva(saida) == curva(dois_processos[0])
 
@@ -85,7 +91,7 @@ def test_um_processo_morto_encerra_a_execucao_com_uma_frase_e_a_seguinte_continu
 ) -> None:
     saida, dito = morta
     assert "ERRO no processo 0: " in dito and "execute de novo" in dito
-    assert "continuando de checkpoint-" in Execucao(saida, phi3, lancador=DOIS).terminar()
+    assert "continuando de checkpoint-" in Execucao(saida, phi3, lancador=DOIS, **rapidos()).terminar()
     for (passo, nome, antes), (_, _, depois) in zip(curva(dois_processos[0]), curva(saida), strict=True):
         assert depois == pytest.approx(antes, abs=1e-4), (passo, nome)
 
@@ -103,7 +109,8 @@ def test_o_que_dois_comecaram_um_continua_se_as_linhas_por_passo_sao_as_mesmas(
 
 def test_ctrl_c_em_dois_processos_grava_um_checkpoint_no_mesmo_passo(tmp_path: Path, phi3: Path) -> None:
     # sem outro checkpoint antes: o que houver é o do Ctrl-C
-    execucao = Execucao(tmp_path / "saida", phi3, "--save-steps", "1000", lancador=DOIS).esperar(disse("passo 3/"))
+    execucao = Execucao(tmp_path / "saida", phi3, "--save-steps", "1000", lancador=DOIS, **rapidos())
+    execucao.esperar(disse("passo 3/"))
     os.kill(execucao.processo.pid, signal.SIGINT)  # ao torchrun, que o repassa
     assert execucao.processo.wait(timeout=120) != 0
     assert execucao.dito.count("interrompido por quem executa") >= 1
@@ -112,7 +119,7 @@ def test_ctrl_c_em_dois_processos_grava_um_checkpoint_no_mesmo_passo(tmp_path: P
 
 
 def test_um_erro_do_primeiro_processo_e_dito_uma_vez(tmp_path: Path, phi3: Path) -> None:
-    execucao = Execucao(tmp_path / "saida", phi3, "--arquivo-dados", "nada.jsonl", lancador=DOIS)
+    execucao = Execucao(tmp_path / "saida", phi3, "--arquivo-dados", "nada.jsonl", lancador=DOIS, **rapidos())
     assert execucao.processo.wait(timeout=120) != 0
     assert execucao.dito.count("o arquivo de dados nada.jsonl não existe") == 1
 
