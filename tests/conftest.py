@@ -143,8 +143,7 @@ def vocabularios(pytestconfig: pytest.Config) -> Path:
     nomes = {f"ggml-vocab-{nome}.gguf" for nome in ("phi-3", "llama-bpe", "qwen2")}
     if faltam := {nome for nome in nomes if not (pasta / nome).is_file()}:
         with tempfile.TemporaryDirectory() as temporaria:
-            requisito = f"llama-cpp-python=={ft.VERSAO_LLAMA_CPP_PYTHON}"
-            sdist = ft.baixar_pacote(requisito, ft.SHA256_LLAMA_CPP_PYTHON, Path(temporaria), "--no-binary")
+            sdist = ft.buscar_pacote(ft.SDIST_LLAMA_CPP, Path(temporaria))
             with tarfile.open(sdist) as tar:
                 for membro in tar:
                     if (nome := Path(membro.name).name) in faltam:
@@ -171,7 +170,8 @@ def construido(
         guardado = guardados / "-".join(map(str, (nome, *opcoes)))
         if not guardado.is_dir():
             with tempfile.TemporaryDirectory(dir=pytestconfig.cache.mkdir("modelos")) as temporaria:
-                getattr(modelos, f"construir_{nome}")(Path(temporaria) / "modelo", vocabularios, *opcoes)
+                origem = vocabularios / "ggml-vocab-phi-3.gguf" if nome == "phi3" else vocabularios
+                getattr(modelos, f"construir_{nome}")(Path(temporaria) / "modelo", origem, *opcoes)
                 guardados.mkdir(exist_ok=True)
                 (Path(temporaria) / "modelo").rename(guardado)
         # um nome que não diz que modelo é
@@ -183,7 +183,7 @@ def construido(
 @pytest.fixture(scope="session")
 def phi3(construido: Callable[..., Path]) -> Path:
     """Um Phi-3 completo de 2 camadas, numa pasta cujo nome não diz que é um Phi-3."""
-    return construido("phi3", False)
+    return construido("phi3")
 
 
 @pytest.fixture

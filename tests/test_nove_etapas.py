@@ -18,7 +18,7 @@ PERGUNTA, RESPOSTA = "O que é a APS?", "É a porta de entrada do SUS."
 @pytest.fixture(scope="module")
 def tokenizer(phi3: Path):  # noqa: ANN201
     """O tokenizer como o programa o deixa na etapa 3."""
-    return ft.carregar_tokenizer(phi3)
+    return ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"), treinar=False)[0]
 
 
 def logits(modelo, ids: list[int]):  # noqa: ANN001, ANN201
@@ -128,7 +128,7 @@ def test_avaliar_no_meio_do_treino_nao_muda_os_gradientes(phi3: Path) -> None:
     import torch
 
     cfg = ft.ler_opcoes(["--lora-dropout", "0"])
-    tokenizer, base = ft.carregar_tokenizer(phi3), ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"))
+    tokenizer, base = ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"))
     modelo = ft.etapa_4_lora(cfg, base)
     torch.manual_seed(0)
     for nome, parametro in modelo.named_parameters():

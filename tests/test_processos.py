@@ -1,7 +1,6 @@
 """Vários processos fazem um só modelo: o torchrun com dois, na CPU (gloo), contra um processo."""
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import DOIS, Execucao, disse, existe
+from conftest import DOIS, Execucao, existe
 from interprete import executavel
 
 import fine_tuning_saude as ft
@@ -105,17 +104,6 @@ def test_o_que_dois_comecaram_um_continua_se_as_linhas_por_passo_sao_as_mesmas(
     assert "continuando de checkpoint-" in Execucao(saida, phi3, *UM_SO).terminar()
     for (passo, nome, antes), (_, _, depois) in zip(curva(um_processo), curva(saida), strict=True):
         assert depois == pytest.approx(antes, abs=1e-4), (passo, nome)
-
-
-def test_ctrl_c_em_dois_processos_grava_um_checkpoint_no_mesmo_passo(tmp_path: Path, phi3: Path) -> None:
-    # sem outro checkpoint antes: o que houver é o do Ctrl-C
-    execucao = Execucao(tmp_path / "saida", phi3, "--save-steps", "1000", lancador=DOIS, **rapidos())
-    execucao.esperar(disse("passo 3/"))
-    os.kill(execucao.processo.pid, signal.SIGINT)  # ao torchrun, que o repassa
-    assert execucao.processo.wait(timeout=120) != 0
-    assert execucao.dito.count("interrompido por quem executa") >= 1
-    ultimo = ft.checkpoints(tmp_path / "saida" / "checkpoints")[0]
-    assert ft.esta_inteira(ultimo) and (ultimo / "rng_state_1.pth").is_file()
 
 
 def test_um_erro_do_primeiro_processo_e_dito_uma_vez(tmp_path: Path, phi3: Path) -> None:

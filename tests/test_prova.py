@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,11 @@ import fine_tuning_saude as ft
 
 pytestmark = pytest.mark.usefixtures("filhos_rapidos")
 CONVERSOR = RAIZ / "llama.cpp" / "convert_hf_to_gguf.py"
+
+
+def converter(pasta: Path, destino: Path) -> None:
+    """Converte o modelo de `pasta` como a etapa 9 o faz."""
+    ft.converter([sys.executable, CONVERSOR, pasta, "--outfile", destino, "--outtype", "f16"])
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +106,8 @@ def test_divergencia_alem_do_limite_encerra_a_execucao(medida: dict[str, float])
 
 def lado(nll: float, respostas: list[str], terminou: bool) -> dict:
     """O que `provar_gguf` devolveria para estas respostas."""
-    por_prova = [{"nll": nll * 10 + i, "tokens": 10} for i in range(len(respostas))]
-    return {"por_prova": por_prova, "respostas": respostas, "terminou": [terminou] * len(respostas)}
+    por_exemplo = [{"nll": nll * 10 + i, "tokens": 10} for i in range(len(respostas))]
+    return {"por_exemplo": por_exemplo, "respostas": respostas, "terminou": [terminou] * len(respostas)}
 
 
 def test_o_que_o_treino_nao_melhorou_e_dito() -> None:
@@ -133,7 +139,7 @@ def test_a_importancia_muda_a_quantizacao_e_a_aproxima_do_modelo(
 
     final = execucao_phi3[0] / "modelo_final"
     tokenizer, modelo = AutoTokenizer.from_pretrained(phi3), carregar(final, "float32")
-    ft.converter(CONVERSOR, final, f16 := tmp_path / "f16.gguf")
+    converter(final, f16 := tmp_path / "f16.gguf")
     esperado = esperar(tokenizer, [e["pergunta"] for e in exemplos])
     ajustado = ft.ajustar_tokenizer(f16, "phi-3", esperado, ft.id_do_fim_de_turno(tokenizer))
     with (certas := tmp_path / "certas.npy").open("wb") as arquivo:
@@ -145,30 +151,6 @@ def test_a_importancia_muda_a_quantizacao_e_a_aproxima_do_modelo(
         kl[nome] = ft.em_outro_processo(ft.provar_gguf, arquivo, exemplos, certas, ft.ler_opcoes([]), 0)["kl"]
     ajustado.close()
     assert kl["com"] < kl["sem"]
-
-
-def test_o_merge_na_base_de_4_bits_soma_o_adaptador_aos_valores_que_o_treino_viu(
-    execucao_phi3: tuple[Path, dict], phi3: Path, exemplos: list[dict], tmp_path: Path
-) -> None:
-    import shutil
-
-    from peft import PeftModel
-
-    adaptador = execucao_phi3[0] / "adaptador_lora"
-    shutil.copytree(adaptador, tmp_path / "adaptador_lora")
-    cfg = ft.ler_opcoes(["--dir-saida", str(tmp_path), "--merge-na-base-nf4"])
-    quantizacao = ft.etapa_2_quantizacao("cpu")
-    base = ft.etapa_3_modelo(phi3, "cpu", quantizacao)
-    base.set_attn_implementation("sdpa")
-    ft.etapa_8_merge(cfg, phi3, ft.carregar_tokenizer(phi3), quantizacao, exemplos, [])
-    with (tmp_path / "checkpoints/prova/referencia.npy").open("rb") as arquivo:
-        referencia = [np.load(arquivo) for _ in exemplos]
-    esperadas = list(ft.logprobs(PeftModel.from_pretrained(base.float(), adaptador), exemplos))
-    na_original = list(ft.logprobs(carregar(execucao_phi3[0] / "modelo_final", "float32"), exemplos))
-    no_disco = list(ft.logprobs(carregar(tmp_path / "modelo_final", "float32"), exemplos))
-    for esperada, obtida, gravada, outra in zip(esperadas, referencia, no_disco, na_original, strict=True):
-        assert np.abs(obtida - gravada).max() < 1e-4
-        assert np.abs(obtida - esperada).mean() < 0.3 * np.abs(outra - esperada).mean()
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -183,7 +165,7 @@ def test_o_llama_cpp_tokeniza_como_o_treino_nas_duas_especies_de_tokenizer_do_ph
     base = construido("phi3", prefixa)
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert ft.prompt_e_ids(tokenizer, "O que é APS?")[1][1] == primeiro
-    ft.converter(CONVERSOR, base, f16 := tmp_path / "f16.gguf")
+    converter(base, f16 := tmp_path / "f16.gguf")
     perguntas = [linha["input"] for linha in linhas_reais(30)]
     ajustado = ft.ajustar_tokenizer(f16, "minusculo", esperar(tokenizer, perguntas), ft.id_do_fim_de_turno(tokenizer))
     ft.quantizar(f16, arquivo := tmp_path / "pronto.gguf", "q8_0", ajustado, {})
@@ -279,13 +261,14 @@ SABOTAGENS = {
     ),
     "template_sem_uma_quebra_de_linha": (
         "original = ft.converter\n"
-        "def converter(conversor, pasta, destino):\n"
+        "def converter(comando):\n"
+        "    pasta = comando[2]\n"
         "    if pasta.name == 'modelo_final':\n"
         "        template = pasta / 'chat_template.jinja'\n"
         "        texto = template.read_text()\n"
         "        assert \"'<|assistant|>\\n' }}\" in texto\n"
         "        template.write_text(texto.replace(\"'<|assistant|>\\n' }}\", \"'<|assistant|>' }}\"))\n"
-        "    original(conversor, pasta, destino)\n"
+        "    original(comando)\n"
         "ft.converter = converter\n",
         ["novo_modelo.gguf: o prompt servido não é o do treino", "treino: '<|user|>"],
     ),
