@@ -31,7 +31,7 @@ OPCOES_RAPIDAS += ["--exemplos-prova", "5", "--exemplos-imatrix", "4"]
 OPCOES_RAPIDAS += ["--max-length", "512", "--max-tokens-por-linha", "512"]
 
 # as mesmas, com linhas menores e mais checkpoints: a opção repetida vale por último
-OPCOES = [*OPCOES_RAPIDAS, "--gradient-accumulation-steps", "1"]
+OPCOES = [*OPCOES_RAPIDAS, "--gradient-accumulation-steps", "1", "--max-exemplos", "16"]
 OPCOES += ["--max-new-tokens", "4", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
 OPCOES += ["--max-length", "320", "--max-tokens-por-linha", "320", "--save-steps", "2", "--logging-steps", "1"]
 OPCOES += ["--quantizacoes-gguf", "q8_0", "--arquivo-dados", str(DADOS), "--dir-llama-cpp", str(RAIZ / "llama.cpp")]
