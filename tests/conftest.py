@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing.spawn
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,12 @@ def executar(
     return subprocess.run(
         comando, cwd=pasta, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **ambiente}
     )
+
+
+def segundos_de_cpu() -> float:
+    """Tempo de CPU dos processos que o pytest já abriu e viu acabar, o qual outros trabalhos na máquina não esticam."""
+    uso = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return uso.ru_utime + uso.ru_stime
 
 
 def executar_ate_o_fim(*opcoes: object, **ambiente: str) -> dict:
@@ -216,7 +223,9 @@ def demonstracao(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     ft.preparar_modelo_demo(cfg)
     (pasta / "sitecustomize.py").write_text(SEM_REDE)
     sem_rede = {"PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(pasta / "tentativas.txt")}
-    return saida, executar_ate_o_fim("--demo", "--dir-saida", saida, python=sys.executable, **sem_rede)
+    antes = segundos_de_cpu()
+    registro = executar_ate_o_fim("--demo", "--dir-saida", saida, python=sys.executable, **sem_rede)
+    return saida, registro | {"segundos_de_cpu": segundos_de_cpu() - antes}
 
 
 @pytest.fixture(scope="session")
