@@ -44,11 +44,14 @@ def test_a_memoria_medida_e_a_do_gguf_e_nao_a_do_treino(demonstracao: tuple[Path
         assert arquivo["bytes"] < arquivo["memoria"] < arquivo["bytes"] + 400e6
 
 
-def test_a_demonstracao_leva_no_maximo_oito_minutos(demonstracao: tuple[Path, dict]) -> None:
-    assert sum(etapa["segundos"] for etapa in demonstracao[1]["etapas"].values()) <= 8 * 60
+def test_a_demonstracao_pede_no_maximo_oito_minutos_de_um_nucleo(demonstracao: tuple[Path, dict]) -> None:
+    # tempo de CPU, e não do relógio: numa máquina ocupada, o relógio mede os outros
+    assert demonstracao[1]["segundos_de_cpu"] <= 8 * 60
 
 
 def test_merge_gguf_e_prova_levam_no_maximo_cem_segundos(demonstracao: tuple[Path, dict]) -> None:
     # em relação ao treino a conta mudaria com a CPU: com AMX o treino leva a metade do tempo, e a prova o mesmo
     segundos = {numero: etapa["segundos"] for numero, etapa in demonstracao[1]["etapas"].items()}
-    assert segundos["8"] + segundos["9"] <= 100
+    # de CPU, supondo que todas as etapas a tiveram na mesma proporção; mais de um núcleo não se desconta
+    parte = min(1, demonstracao[1]["segundos_de_cpu"] / sum(segundos.values()))
+    assert parte * (segundos["8"] + segundos["9"]) <= 100

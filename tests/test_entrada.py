@@ -1,7 +1,6 @@
 """O que se responde a quem erra: uma frase clara, o lugar, o que fazer, e nada escrito."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, PROGRAMA, RAIZ, executar
+from conftest import DADOS, PROGRAMA, RAIZ, executar, segundos_de_cpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interprete import executavel
@@ -45,16 +44,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def importados(*opcoes: object, pasta: Path = RAIZ) -> tuple[set[str], float, str]:
-    """Executa o programa num Python que começa do nada: o que ele importou, os segundos de CPU, e o que disse.
-
-    O tempo de CPU, e não o do relógio, que numa máquina ocupada é o dos outros.
-    """
-    antes = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Executa o programa num Python que começa do nada: o que ele importou, os segundos de CPU, e o que disse."""
+    antes = segundos_de_cpu()
     comando = [sys.executable, "-c", QUE_IMPORTOU, str(PROGRAMA), *map(str, opcoes)]
     feito = subprocess.run(comando, cwd=pasta, capture_output=True, text=True, encoding="utf-8")
-    depois = resource.getrusage(resource.RUSAGE_CHILDREN)
-    segundos = depois.ru_utime + depois.ru_stime - antes.ru_utime - antes.ru_stime
-    return set(feito.stderr.partition("IMPORTOU ")[2].split()), segundos, feito.stdout + feito.stderr
+    pacotes = set(feito.stderr.partition("IMPORTOU ")[2].split())
+    return pacotes, segundos_de_cpu() - antes, feito.stdout + feito.stderr
 
 
 def test_o_que_ha_a_corrigir_e_dito_antes_dos_imports_pesados(tmp_path: Path) -> None:
