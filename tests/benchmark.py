@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -92,7 +93,8 @@ def preparar(cfg: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Pasta do modelo base, tokenizer, treino e validação da demonstração."""
     base = ft.preparar_modelo_demo(cfg)
     tokenizer = ft.carregar_tokenizer(base)
-    pares = ft.sortear_exemplos(ft.ler_dados(cfg)[0], cfg.MAX_EXEMPLOS, cfg.SEED)
+    pares = sorted(ft.ler_dados(cfg)[0], key=lambda par: par[1:3])  # os mesmos que a etapa 1 sorteia
+    pares = random.Random(cfg.SEED).sample(pares, cfg.MAX_EXEMPLOS)
     treino, validacao = ft.etapa_5_dados(cfg, pares, tokenizer)
     return base, tokenizer, treino, validacao
 
