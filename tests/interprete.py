@@ -29,7 +29,7 @@ import types
 from pathlib import Path
 
 # o que o servidor importa. O gguf não: o conversor usa o da pasta dele, e não o instalado
-PESADOS = "torch torch.distributed numpy scipy peft accelerate datasets bitsandbytes sentencepiece safetensors.torch"
+PESADOS = "torch torch.distributed numpy peft accelerate datasets bitsandbytes sentencepiece safetensors.torch"
 PESADOS += " llama_cpp llama_cpp.llama_chat_format psutil rensa validate_docbr phonenumbers sacrebleu matplotlib.figure"
 PESADOS += " matplotlib.backends.backend_agg filelock multiprocessing.spawn concurrent.futures.process"
 PESADOS += " multiprocessing.resource_tracker huggingface_hub.repocard transformers.trainer transformers.models.phi3"

@@ -35,8 +35,9 @@ RUINS = {
 QUE_IMPORTOU = """
 import atexit, runpy, sys
 def listar():
-    arquivos = {nome.split(".")[0]: str(vars(modulo).get("__file__")) for nome, modulo in sys.modules.items()}
-    print("IMPORTOU", *(nome for nome in arquivos if "site-packages" in arquivos[nome]), file=sys.__stderr__)
+    arquivos = {nome: str(vars(modulo).get("__file__")) for nome, modulo in sys.modules.items()}
+    pacotes = {nome.partition(".")[0] for nome in arquivos if "site-packages" in arquivos[nome]}
+    print("IMPORTOU", *pacotes, file=sys.__stderr__)
 atexit.register(listar)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
