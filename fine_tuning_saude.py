@@ -13,7 +13,7 @@ Para outra execução, mude as constantes abaixo ou use a opção de mesmo nome 
 O arquivo tem dois andares. No de cima, até a etapa 9, está a execução inteira, na ordem em que acontece. No de baixo
 ficam as salas, na ordem das etapas; procure `# ---` e o nome: opções e conferência · portão dos dados · o que vem de
 fora · memória e disco · modelo e atenção · exemplos, linhas e perda · merge medido · GGUF · a prova · o cartão; e o que
-várias usam: registro e retomada · arquivos inteiros · um processo ou vários · textos.
+várias usam: registro e retomada · arquivos inteiros · um processo ou vários · textos e o que toda sala usa.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import contextlib
 import functools
 import gc
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -49,7 +48,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from datetime import timedelta
+from datetime import date, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -62,7 +61,8 @@ if TYPE_CHECKING:  # os pacotes pesados só são importados depois das verifica�
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-# lugar, máquina e diário: mudar não recomeça o treino (de MODELO_BASE e ARQUIVO_DADOS decide o conteúdo, não o nome)
+# O programa lê este bloco: cada constante numa linha, com o seu comentário; o título diz o que acontece se ela muda.
+# lugar e diário: pode mudar, e a execução interrompida continua (dos dados e do modelo base vale o conteúdo)
 MODELO_BASE = "microsoft/Phi-3-mini-4k-instruct"  # nome no Hugging Face Hub ou pasta local
 REVISAO_MODELO_BASE = "0a67737cc96d2554230f90338b163bc6380a2a85"  # commit no Hub; vazio: o mais recente
 ARQUIVO_DADOS = "perguntas_respostas_APS_2000.jsonl"  # um objeto JSON por linha, com "input" e "output"
@@ -75,11 +75,12 @@ SAVE_STEPS = 50  # passos entre checkpoints, de que uma execução interrompida 
 ACEITAR_REPETIDOS = False  # treina mesmo que menos da metade das linhas seja distinta
 ACEITAR_DADOS_PESSOAIS = False  # treina mesmo com CPF, CNS, telefone ou e-mail nos textos (LGPD)
 
-# dados
-MAX_LENGTH = 1024  # tokens por exemplo, pergunta e resposta; um exemplo nunca é cortado
+# dados: se muda, é outra execução
+MAX_LENGTH = 1024  # tokens por exemplo, que nunca é cortado; é também o contexto que o Modelfile pede
 DESCARTAR_LONGOS = False  # exemplo maior que MAX_LENGTH: False é erro; True deixa de fora e conta
 MAX_EXEMPLOS = 0  # usa só tantos exemplos, sorteados; 0: todos
 FRACAO_VALIDACAO = 0.05  # parte dos exemplos que nunca é treinada e mede o resultado
+VALIDACAO_POR_LINHA = False  # separa a validação sem olhar parecidos, o que faz o resultado parecer melhor do que é
 
 # LoRA (arXiv:2106.09685), em todas as camadas lineares como no QLoRA (arXiv:2305.14314)
 LORA_R = 16  # posto das matrizes dos adaptadores
@@ -100,7 +101,7 @@ MAX_GRAD_NORM = 1.0  # norma a que o gradiente é limitado
 SEED = 42  # semente de sorteios e pesos iniciais
 
 # GGUF e prova: se mudar, o treino vale, e só as etapas 8 e 9 são refeitas
-QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; a primeira fica em novo_modelo.gguf
+QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; o primeiro fica em novo_modelo.gguf, o último é o servido
 MAX_SHARD_SIZE = "1GB"  # tamanho máximo de cada safetensors do modelo final; gravá-lo pede outro tanto de memória
 EXEMPLOS_IMATRIX = 64  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
 EXEMPLOS_PROVA = 32  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
@@ -152,7 +153,7 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     with registro.etapa(2, "Quantização em 4 bits"):
         quantizacao = etapa_2_quantizacao(preparo.dispositivo)
     with registro.etapa(3, "Tokenizer e modelo base"):
-        tokenizer, modelo = etapa_3_modelo(preparo.dir_base, preparo.dispositivo, quantizacao, treinar)
+        tokenizer, modelo = etapa_3_modelo(preparo, quantizacao, treinar)
     with registro.etapa(4, "LoRA"):
         modelo = etapa_4_lora(cfg, modelo) if treinar else None
     with registro.etapa(5, "Dados: treino e validação"):
@@ -180,8 +181,10 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         if registro.ultima_pronta < 8:
             etapa_8_merge(cfg, preparo.dir_base, tokenizer, exemplos_prova, amostra)
     with registro.etapa(9, "GGUF"):
-        perguntas = validacao["pergunta"][:] + treino["pergunta"][:AMOSTRA_PROMPTS]
-        registro.campos |= etapa_9_gguf(cfg, preparo, tokenizer, perguntas, exemplos_prova)
+        prompts = prompts_treinados(validacao) + prompts_treinados(
+            treino.select(range(min(AMOSTRA_PROMPTS, len(treino))))
+        )
+        registro.campos |= etapa_9_gguf(cfg, preparo, tokenizer, prompts, exemplos_prova)
         escrever_cartao(cfg, registro.campos, exemplos_prova)
         registro.campos |= dict(situacao="concluída", perguntas_da_prova=len(exemplos_prova))
     resumir(cfg, registro.campos, time.perf_counter() - inicio)
@@ -190,11 +193,12 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
 def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[Preparo, int]:
     """Lê e confere tudo o que se pode, busca o que vem da rede e decide o que vale de uma execução anterior.
 
-    Devolve o que as outras etapas usam e a última, de 7 a 9, que já está pronta. Enquanto há algo a corrigir, nada é
-    escrito nem baixado, e tudo o que há é dito de uma vez.
+    Devolve o que as outras etapas usam e a última, de 7 a 9, que já está pronta. O que se confere sem baixar nem
+    escrever é dito de uma vez; o que pede o modelo base (tokens, tamanhos, llama.cpp), depois; tudo, antes de treinar.
     """
     conferir_instalacao()
-    # uma conferência nova entra nesta lista; o que ela acha de errado é um ErroDeUso
+    # uma conferência nova entra nesta lista, e o que devolve, na linha de baixo; o que acha de errado é um ErroDeUso.
+    # Se pede o tokenizer, entra em conferir_exemplos
     achar_base = functools.partial(localizar_modelo_base, so_config=True)
     conferencias = (ler_dados, conferir_constantes, escolher_dispositivo, achar_base)
     (pares, lidas), _, dispositivo, dir_base = conferir_tudo(cfg, *conferencias)
@@ -210,14 +214,14 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[P
     registro.continuar(cfg.RECOMECAR)
     if 0 < cfg.MAX_EXEMPLOS < len(pares):  # pela semente e pelo conteúdo, e não pela ordem das linhas
         pares = random.Random(cfg.SEED).sample(sorted(pares, key=lambda par: par[1:3]), cfg.MAX_EXEMPLOS)
-    gguf_base = None
+    gguf_base, ajustes = None, {}
     if registro.ultima_pronta < 9:
         tokenizer = carregar_tokenizer(dir_base)
-        traduzir_template(tokenizer)  # o que a etapa 9 não poderia fazer é dito antes do treino
-        conferir_tamanhos(cfg, pares, tokenizer)
-        # a etapa 9 compara o modelo final com este; e, se o llama.cpp não aceita a base, melhor saber antes do treino
+        exemplos = conferir_exemplos(cfg, pares, tokenizer, dir_base)
+        # a etapa 9 compara o modelo final com este; e o que o llama.cpp não faz como o treino se sabe antes de treinar
         gguf_base = garantir_gguf_da_base(cfg, conversor, dir_base, registro.campos["sha256_base"])
-    return Preparo(pares, dispositivo, checkpointing, dir_base, conversor, gguf_base), registro.ultima_pronta
+        ajustes = achar_ajustes(cfg, gguf_base, exemplos, id_do_fim_de_turno(tokenizer))
+    return Preparo(pares, dispositivo, checkpointing, dir_base, conversor, gguf_base, ajustes), registro.ultima_pronta
 
 
 def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
@@ -235,7 +239,7 @@ def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
 
 
 def etapa_3_modelo(
-    dir_base: Path, dispositivo: str, quantizacao: BitsAndBytesConfig, treinar: bool = True
+    preparo: Preparo, quantizacao: BitsAndBytesConfig, treinar: bool = True
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | None]:
     """Abre o tokenizer, com pad próprio e à direita, e carrega o modelo base em 4 bits no dispositivo deste processo.
 
@@ -244,14 +248,14 @@ def etapa_3_modelo(
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    tokenizer = carregar_tokenizer(dir_base)
+    tokenizer, dispositivo = carregar_tokenizer(preparo.dir_base), preparo.dispositivo
     # com pad igual ao eos, mascarar o preenchimento mascararia também o fim da resposta, e o modelo nunca pararia
-    tokenizer.pad_token = escolher_pad(tokenizer)
+    tokenizer.pad_token = escolher_pad(tokenizer, preparo.pares)
     tokenizer.padding_side = "right"
     if not treinar:
         return tokenizer, None
     modelo = AutoModelForCausalLM.from_pretrained(
-        dir_base,
+        preparo.dir_base,
         quantization_config=quantizacao,
         dtype=quantizacao.bnb_4bit_compute_dtype,
         device_map={"": torch.cuda.current_device() if dispositivo == "cuda" else "cpu"},
@@ -278,13 +282,12 @@ def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
     # prepare_model_for_kbit_training poria embeddings e normas em fp32, e com eles cada ativação: aqui a base fica em
     # 16 bits e só os adaptadores, que o otimizador muda aos poucos, são fp32
     modelo.requires_grad_(False)
-    alvo = cfg.LORA_TARGET_MODULES
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=cfg.LORA_R,
         lora_alpha=cfg.LORA_ALPHA,
         lora_dropout=cfg.LORA_DROPOUT,
-        target_modules=alvo.split(",") if "," in alvo else alvo,
+        target_modules=conferir_alvos(cfg.LORA_TARGET_MODULES, modelo),
     )
     torch.manual_seed(cfg.SEED)  # o Trainer só semeia depois, e os adaptadores nasceriam diferentes a cada execução
     try:
@@ -314,19 +317,11 @@ def etapa_5_dados(
     conversa = [{"role": "user", "content": "PERGUNTA"}, {"role": "assistant", "content": "RESPOSTA"}]
     log.info("      formato: %r", tokenizer.apply_chat_template(conversa, tokenize=False))
     exemplos = codificar_dados(cfg, pares, tokenizer)
-    tamanhos = exemplos["tokens"][:]
-    cabem = [i for i, tokens in enumerate(tamanhos) if tokens <= cfg.MAX_LENGTH]
-    grupos, ligacoes = agrupar_parecidos([pares[i] for i in cabem])
-    partes = separar_validacao(grupos, cfg.FRACAO_VALIDACAO, cfg.SEED)
-    if not all(partes):
-        raise ErroDeUso(f"{cfg.ARQUIVO_DADOS}: poucos exemplos distintos para separar treino e validação.")
-    minimo, mediana, maximo = (sorted(tamanhos)[int(q * (len(tamanhos) - 1))] for q in (0, 0.5, 1))
-    log.info(
-        "      treino %d, validação %d; deixados de fora por longos: %d", *map(len, partes), len(pares) - len(cabem)
-    )
-    log.info("      quase repetidos: %d; tokens por exemplo: de %d a %d, mediana %d", ligacoes, minimo, maximo, mediana)
-    indice = {par.origem: i for i, par in enumerate(pares)}
-    treino, validacao = (exemplos.select([indice[par.origem] for par in parte]) for parte in partes)
+    treino, validacao = (exemplos.select(indices) for indices in dividir(cfg, pares, exemplos))
+    tamanhos, fora = sorted(exemplos["tokens"][:]), len(exemplos) - len(treino) - len(validacao)
+    minimo, mediana, maximo = (tamanhos[int(q * (len(tamanhos) - 1))] for q in (0, 0.5, 1))
+    log.info("      treino %d, validação %d; deixados de fora por longos: %d", len(treino), len(validacao), fora)
+    log.info("      tokens por exemplo: de %d a %d, mediana %d", minimo, maximo, mediana)
     return treino, validacao
 
 
@@ -405,6 +400,11 @@ def etapa_7_treinamento(
     nomes = ("loss", "eval_perda")
     curva = [[ponto["step"], n, ponto[n]] for ponto in trainer.state.log_history for n in nomes if n in ponto]
     antes, *_, depois = (valor for _, nome, valor in curva if nome == "eval_perda")
+    if not depois <= max(antes, math.log(len(modelo.get_input_embeddings().weight))):  # pior que sortear o token
+        raise FalhaNaExecucao(
+            f"o treino divergiu: a perda na validação foi de {antes:.3g} a {depois:.3g} nats por token. Baixe "
+            "LEARNING_RATE ou NUM_TRAIN_EPOCHS e execute com --recomecar; nada foi convertido."
+        )
     so_o_primeiro(gravar_adaptador, cfg, checkpoints(pasta)[0])
     log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
     return {"antes": antes, "depois": depois, "curva": curva}
@@ -459,7 +459,7 @@ def etapa_9_gguf(
     cfg: argparse.Namespace,
     preparo: Preparo,
     tokenizer: PreTrainedTokenizerBase,
-    perguntas: list[str],
+    prompts: Prompts,
     exemplos_prova: Exemplos,
 ) -> dict[str, Any]:
     """Converte o modelo final em GGUF, quantiza-o em cada tipo pedido, prova cada arquivo e escreve o Modelfile.
@@ -472,35 +472,31 @@ def etapa_9_gguf(
     saida, tipos, arquivos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF], []
     do_final = saida / "checkpoints" / "prova" / "logprobs.npy"
     importancia = dict(np.load(do_final.with_name("importancia.npz")))
-    fim = id_do_fim_de_turno(tokenizer)
-    prompts = tuple((pergunta, *prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
+    fim, ajustes = id_do_fim_de_turno(tokenizer), preparo.ajustes
     # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
     with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}gguf-", dir=saida, ignore_cleanup_errors=True) as temporaria:
         pasta = saida / Path(temporaria).name
         f16, base = pasta / "f16.gguf", pasta / "base.gguf"
         converter([sys.executable, preparo.conversor, saida / "modelo_final", "--outfile", f16, "--outtype", "f16"])
-        ajustado = ajustar_tokenizer(f16, Path(cfg.MODELO_BASE).name, prompts, fim)
         medida = em_outro_processo(provar_gguf, f16, exemplos_prova[:PROVAS_EXATAS], do_final, cfg, 0)
         exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
         # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
-        quantizar(preparo.gguf_base, base, tipos[-1], ajustado, importancia)
+        quantizar(preparo.gguf_base, base, tipos[-1], ajustes, importancia)
         antes = em_outro_processo(provar_gguf, base, exemplos_prova, do_final, cfg, len(exemplos_prova))
         for tipo in tipos:
             nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
-            quantizar(f16, arquivo := pasta / nome, tipo, ajustado, importancia)
+            quantizar(f16, arquivo := pasta / nome, tipo, ajustes, importancia)
             gerar = len(exemplos_prova) if len(arquivos) + 1 == len(tipos) else 1
             medida = em_outro_processo(provar_gguf, arquivo, exemplos_prova, do_final, cfg, gerar, prompts, fim)
             perdeu = f"{nome} perdeu demais na quantização; ponha em QUANTIZACOES_GGUF um tipo maior, como q5_k_m"
             exigir_fidelidade(tipo, perdeu, medida)
             sobre = {"arquivo": nome, "tipo": tipo, "bytes": arquivo.stat().st_size, "sha256": sha256(arquivo)}
             arquivos.append(sobre | medida)
-        ajustado.close()
         for antigo in saida.glob("novo_modelo*.gguf"):
             antigo.unlink()
         for pronto in arquivos:
             trocar(pasta / pronto["arquivo"], saida / pronto["arquivo"])
-    modelfile = [f"FROM ./{arquivos[-1]['arquivo']}", f"PARAMETER num_ctx {cfg.MAX_LENGTH}"]
-    gravar_inteiro(saida / "Modelfile", "\n".join(modelfile + traduzir_template(tokenizer)) + "\n")
+    gravar_inteiro(saida / "Modelfile", escrever_modelfile(arquivos[-1]["arquivo"], cfg, tokenizer))
     comparacao = comparar_respostas(exemplos_prova, antes, arquivos[-1], cfg.SEED)
     return dict(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
 
@@ -536,6 +532,7 @@ class Preparo(NamedTuple):
     dir_base: Path  # a pasta do modelo base
     conversor: Path  # o convert_hf_to_gguf.py do llama.cpp
     gguf_base: Path | None  # a base em GGUF de 16 bits; None se tudo já está pronto
+    ajustes: dict[str, Any]  # os metadados com que o llama.cpp tokeniza como o treino
 
 
 def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
@@ -569,6 +566,10 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         parser.error("QUANTIZACOES_GGUF precisa de ao menos um tipo, como q8_0")
     if cfg.GRADIENT_CHECKPOINTING not in ("sim", "nao", "auto"):
         parser.error(f"GRADIENT_CHECKPOINTING é sim, nao ou auto, e está {cfg.GRADIENT_CHECKPOINTING}")
+    if not 0 <= cfg.SEED < 2**32:
+        parser.error(f"SEED deve ficar entre 0 e 4294967295, e é {cfg.SEED}")
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", cfg.MAX_SHARD_SIZE.upper()):
+        parser.error(f"MAX_SHARD_SIZE é um tamanho como 1GB ou 500MB, e está {cfg.MAX_SHARD_SIZE}")
     if not 0 < cfg.FRACAO_VALIDACAO < 1:
         parser.error(f"FRACAO_VALIDACAO deve ficar entre 0 e 1, e é {cfg.FRACAO_VALIDACAO}")
     return cfg
@@ -613,6 +614,10 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
 
     if estranhos := [q for q in cfg.QUANTIZACOES_GGUF if not hasattr(LlamaFileType, f"MOSTLY_{q.upper()}")]:
         raise ErroDeUso(f"QUANTIZACOES_GGUF não conhece {', '.join(estranhos)}; exemplos: q8_0, q5_k_m, q4_k_m.")
+    if de_moe := [q for q in cfg.QUANTIZACOES_GGUF if "moe" in q.lower()]:
+        raise ErroDeUso(
+            f"{', '.join(de_moe)} só quantiza misturas de especialistas: o nome não diria o que há no arquivo."
+        )
     com_matriz = [q for q in cfg.QUANTIZACOES_GGUF if re.match("iq[12]|iq3_xxs|q2_k_s", q.lower())]
     if com_matriz and not cfg.EXEMPLOS_IMATRIX:
         raise ErroDeUso(f"{', '.join(com_matriz)} pede EXEMPLOS_IMATRIX maior que zero.")
@@ -643,8 +648,12 @@ def escolher_dispositivo(cfg: argparse.Namespace) -> str:
 
 # ---------------------------------------------------------------- portão dos dados
 
-MAX_PROBLEMAS = 20  # problemas dos dados mostrados de uma vez
+MAX_PROBLEMAS = 20  # frases, e linhas de cada uma, mostradas de uma vez
 PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de caracteres
+FORMATOS = (("input", "output"), ("pergunta", "resposta"), ("prompt", "completion"), ("question", "answer"))
+# chaves que dizem algo ao modelo: treinar sem uma delas seria perder o que ela diz
+CONTEUDO = {*itertools.chain(*FORMATOS), "instruction", "messages", "conversations", "system", "history"}
+PAPEIS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 
 
 class Par(NamedTuple):
@@ -657,65 +666,180 @@ class Par(NamedTuple):
 
 
 def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
-    """Lê o JSONL numa passagem e devolve os pares distintos e o número de linhas lidas.
+    """Lê o arquivo de dados e devolve os pares distintos e o número de exemplos lidos.
 
-    Linha em branco é pulada, par repetido conta uma vez. Tudo o que há de errado é listado de uma vez, com a linha:
-    o que não se lê, a mesma pergunta com outra resposta, dados pessoais; e o arquivo que é quase todo repetição.
+    Tudo o que há de errado é dito de uma vez, cada frase com as linhas dela: o que não se lê, a mesma pergunta com
+    outra resposta, dados pessoais; e o arquivo que é quase todo repetição. Par repetido conta uma vez.
     """
     arquivo = Path(cfg.ARQUIVO_DADOS)
     if not arquivo.is_file():
         raise ErroDeUso(f"o arquivo de dados {arquivo} não existe: corrija ARQUIVO_DADOS ou use --arquivo-dados.")
     vistos: dict[str, tuple[Par, str]] = {}
-    problemas, lidas = [], 0
-    with arquivo.open("rb") as f:
-        for origem, linha in enumerate(f, 1):
-            if not (linha := linha.removeprefix(b"\xef\xbb\xbf").strip()):
-                continue
-            lidas += 1
-            try:
-                par = ler_par(origem, linha)
-                if not cfg.ACEITAR_DADOS_PESSOAIS and (achado := achar_dado_pessoal(f"{par.pergunta}\n{par.resposta}")):
-                    raise ValueError(f"parece conter {achado} (LGPD); retire, ou use --aceitar-dados-pessoais")
-                resposta = normalizar(par.resposta)
-                primeiro, dada = vistos.setdefault(normalizar(par.pergunta), (par, resposta))
-                if dada != resposta:
-                    raise ValueError(f"a pergunta é a mesma da linha {primeiro.origem}, com outra resposta")
-            except ValueError as problema:
-                problemas.append(f"{arquivo}:{origem}: {problema}")
+    problemas, avisos = collections.defaultdict(list), collections.defaultdict(list)
+    exemplos, formatos = separar_exemplos(arquivo), collections.Counter()
+    for origem, texto in exemplos:
+        try:
+            formato, par = ler_par(origem, ler_json(texto))
+            formatos[" + ".join(formato)] += 1
+            ambos = f"{par.pergunta}\n{par.resposta}"
+            if not cfg.ACEITAR_DADOS_PESSOAIS and (achado := achar_dado_pessoal(ambos)):
+                raise ValueError(f"parece conter {achado} (LGPD); retire, ou use --aceitar-dados-pessoais")
+            resposta = identidade(par.resposta)
+            primeiro, dada = vistos.setdefault(identidade(par.pergunta), (par, resposta))
+            if dada != resposta:
+                raise ValueError(f"a pergunta é a mesma da linha {primeiro.origem}, com outra resposta")
+            for aviso in [
+                *estranhezas(ambos),
+                *(["repete outra linha, e só conta uma vez"] if primeiro is not par else []),
+            ]:
+                avisos[aviso].append(origem)
+        except ValueError as problema:
+            problemas[str(problema)].append(origem)
     if problemas:
-        listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", problemas)
+        listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", arquivo, problemas)
     if len(vistos) < 2:
         raise ErroDeUso(f"{arquivo}:1: há {len(vistos)} exemplo(s) distinto(s), e é preciso ao menos dois.")
     respostas = len({resposta for _, resposta in vistos.values()})
-    if 2 * min(len(vistos), respostas) < lidas and not cfg.ACEITAR_REPETIDOS:
+    if 2 * min(len(vistos), respostas) < len(exemplos) and not cfg.ACEITAR_REPETIDOS:
         raise ErroDeUso(
-            f"{arquivo}: {lidas} linhas → {len(vistos)} pares distintos, {respostas} respostas distintas: o modelo só "
-            "decoraria, e a validação não provaria nada. Traga mais exemplos, ou use --aceitar-repetidos."
+            f"{arquivo}: {len(exemplos)} linhas → {len(vistos)} pares distintos, {respostas} respostas distintas: o "
+            "modelo só decoraria, e a validação não provaria nada. Traga mais exemplos, ou use --aceitar-repetidos."
         )
-    return [par for par, _ in vistos.values()], lidas
+    log.info("      formato dos dados: %s", ", ".join(formatos))
+    for aviso, origens in avisos.items():
+        log.info("      aviso: linha(s) %s: %s", enumerar(origens), aviso)
+    return [par for par, _ in vistos.values()], len(exemplos)
 
 
-def ler_par(origem: int, linha: bytes) -> Par:
-    """Lê uma linha do JSONL; o `ValueError` diz em português o que há de errado nela."""
+def separar_exemplos(arquivo: Path) -> list[tuple[int, str]]:
+    """(linha em que começa, texto JSON) de cada exemplo de um JSONL ou de um array JSON; linha em branco é pulada.
+
+    Vale UTF-8, com ou sem BOM, e UTF-16 com BOM, como gravam o PowerShell e o Excel. O arquivo de outra espécie é um
+    `ErroDeUso`, com o que foi achado.
+    """
+    inteiro = arquivo.read_bytes()
+    if inteiro[:2] in (b"\x1f\x8b", b"PK"):
+        raise ErroDeUso(f"{arquivo} é um arquivo compactado (gzip, zip ou planilha): exporte dele um JSONL.")
     try:
-        objeto = json.loads(linha.decode("utf-8"))
+        texto = inteiro.decode("utf-16" if inteiro[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as erro:
-        raise ValueError(f"byte 0x{linha[erro.start]:02x} que não é UTF-8; salve o arquivo em UTF-8") from None
+        linha, byte = inteiro.count(b"\n", 0, erro.start) + 1, inteiro[erro.start]
+        raise ErroDeUso(f"{arquivo}:{linha}: byte 0x{byte:02x} que não é UTF-8; salve o arquivo em UTF-8.") from None
+    if texto.lstrip().startswith("["):
+        return separar_array(arquivo, texto)
+    linhas = [(i, linha.strip()) for i, linha in enumerate(re.split("\r\n|\r|\n", texto), 1) if linha.strip()]
+    if linhas and not any(linha[0] + linha[-1] == "{}" for _, linha in linhas):
+        i, inicio = linhas[0]
+        if inicio[0] == "{":
+            achado = "traz objetos JSON com recuos: ponha cada um numa linha só"
+        else:
+            achado = (
+                "parece CSV ou outra tabela: exporte-a como JSONL" if re.search("[,;\t]", inicio) else "não é JSONL"
+            )
+        raise ErroDeUso(f'{arquivo}:{i}: {achado}, como {{"input": "…", "output": "…"}}; começa por {inicio[:40]!r}.')
+    return linhas
+
+
+def separar_array(arquivo: Path, texto: str) -> list[tuple[int, str]]:
+    """(linha em que começa, texto) de cada item de um array JSON."""
+    itens, i, le = [], texto.index("[") + 1, json.JSONDecoder().raw_decode
+    try:
+        while texto[i := re.compile(r"[\s,]*").match(texto, i).end()] != "]":
+            _, fim = le(texto, i)
+            itens.append((texto.count("\n", 0, i) + 1, texto[i:fim]))
+            i = fim
+    except (ValueError, IndexError, RecursionError):
+        linha = texto.count("\n", 0, i) + 1
+        raise ErroDeUso(f"{arquivo}:{linha}: começa como um array JSON, e não se lê daqui em diante.") from None
+    return itens
+
+
+def ler_json(texto: str) -> Any:
+    """O valor JSON de um exemplo; o `ValueError` diz em português o que há de errado nele."""
+
+    def sem_repetir(pares: list[tuple[str, Any]]) -> dict[str, Any]:
+        repetidas = [chave for chave, vezes in collections.Counter(chave for chave, _ in pares).items() if vezes > 1]
+        return {"repetidas": repetidas} if repetidas else dict(pares)
+
+    try:
+        objeto = json.loads(texto, object_pairs_hook=sem_repetir)
     except json.JSONDecodeError as erro:
         raise ValueError(f"não é JSON válido (coluna {erro.colno})") from None
     except (ValueError, RecursionError):  # número com dígitos demais, aninhamento fundo demais
         raise ValueError("não é um JSON que se possa ler") from None
+    if isinstance(objeto, dict) and isinstance(objeto.get("repetidas"), list):  # uma das duas se perderia
+        raise ValueError(f"traz duas vezes a chave {', '.join(objeto['repetidas'])}")
+    return objeto
+
+
+def ler_par(origem: int, objeto: Any) -> tuple[tuple[str, ...], Par]:
+    """As chaves usadas de um exemplo e o par que ele traz; o `ValueError` diz em português o que há de errado nele."""
     if not isinstance(objeto, dict):
         raise ValueError('deveria ser um objeto JSON com "input" e "output"')
+    formato, *falas = reconhecer(objeto)
+    if perdidas := sorted(chave for chave in CONTEUDO.difference(formato) if objeto.get(chave)):
+        raise ErroDeUso(
+            f"os dados trazem, na linha {origem}, além de {' e '.join(formato)}, {' e '.join(perdidas)}, que se "
+            "perderia. Cada exemplo é uma pergunta e uma resposta: junte à pergunta o que o modelo deve ler."
+        )
     textos = []
-    for chave in ("input", "output"):
-        texto = objeto.get(chave)
-        if not isinstance(texto, str) or not texto.strip():
-            raise ValueError(f'falta a chave "{chave}", ou ela não é um texto, ou está vazia')
-        if any("\ud800" <= letra <= "\udfff" for letra in texto):
-            raise ValueError(f'"{chave}" tem um caractere Unicode inválido (metade de um par \\ud83d…)')
-        textos.append(texto.strip())
-    return Par(origem, *textos, tema=str(objeto.get("tema", "")))
+    for nome, fala in zip(("pergunta", "resposta"), falas, strict=True):
+        if not isinstance(fala, str):
+            achado = "falta" if fala is None else f"é {json.dumps(fala, ensure_ascii=False)[:40]}"
+            raise ValueError(f"a {nome} ({', '.join(formato)}) {achado}, e deveria ser um texto entre aspas")
+        texto = unicodedata.normalize("NFC", fala.replace("\r\n", "\n")).strip()
+        ruins = {c for c in texto if c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")}
+        if ruins:
+            codigos = ", ".join(sorted(f"U+{ord(c):04X}" for c in ruins))
+            raise ValueError(f"a {nome} traz {codigos}, que não é texto: o arquivo foi mal convertido")
+        if all(unicodedata.category(c)[0] in "ZC" for c in texto):
+            raise ValueError(f"a {nome} ({', '.join(formato)}) está vazia")
+        textos.append(texto)
+    return formato, Par(origem, *textos, tema=str(objeto.get("tema", "")))
+
+
+def reconhecer(objeto: dict[str, Any]) -> tuple[tuple[str, ...], Any, Any]:
+    """As chaves que trazem a pergunta e a resposta de um exemplo, e as duas."""
+    for chave in ("messages", "conversations"):
+        if isinstance(falas := objeto.get(chave), list):
+            papeis = [str(fala.get("role", fala.get("from"))) if isinstance(fala, dict) else "?" for fala in falas]
+            if [PAPEIS.get(papel) for papel in papeis] != ["user", "assistant"]:
+                raise ErroDeUso(
+                    f'os dados trazem conversas ("{chave}") de {", ".join(papeis) or "nenhuma fala"}, e este treino é '
+                    "de uma pergunta (user) e uma resposta (assistant): deixe só as duas em cada exemplo."
+                )
+            return (chave,), *(fala.get("content", fala.get("value")) for fala in falas)
+    if objeto.get("instruction"):  # com o "input", se há, depois dela
+        chaves = tuple(chave for chave in ("instruction", "input") if objeto.get(chave))
+        partes = [objeto[chave] for chave in chaves]
+        junta = "\n\n".join(partes) if all(isinstance(parte, str) for parte in partes) else partes
+        return (*chaves, "output"), junta, objeto.get("output")
+    for formato in FORMATOS:
+        if any(chave in objeto for chave in formato):
+            return formato, *(objeto.get(chave) for chave in formato)
+    raise ValueError('falta a pergunta e a resposta, como em {"input": "…", "output": "…"}')
+
+
+def estranhezas(texto: str) -> Iterator[str]:
+    """O que, num texto que se pode treinar, costuma ser engano."""
+    from ftfy.badness import is_bad
+
+    if is_bad(texto):
+        yield "acentos trocados, como em nÃºmero, de uma conversão errada"
+    if re.search(
+        r"</?(p|br|div|span|b|i|a|ul|ol|li|table|tr|td|h\d|strong|em)\b[^<>]*>|&(nbsp|amp|lt|gt);", texto, re.I
+    ):
+        yield "marcas de HTML, que o modelo aprenderia a escrever"
+    if "\\n" in texto:
+        yield "uma barra e um n no lugar da quebra de linha"
+
+
+def identidade(texto: str) -> str:
+    """O que distingue um texto de outro: tudo, menos maiúsculas, espaços e a pontuação que não está entre algarismos.
+
+    Sinais, comparações, unidades e emojis ficam: "Rh+" não é "Rh-", "PA > 140" não é "PA < 140", "0,5 mg" não é "5 mg".
+    """
+    return " ".join(re.sub(r"(?<!\d)[.,:]|[.,:](?!\d)|[;!?…\"“”'‘’«»()\[\]¿¡]", " ", texto.casefold()).split())
 
 
 def achar_dado_pessoal(texto: str) -> str | None:
@@ -870,6 +994,8 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
     if cfg.MODELO_BASE == MODELO_DEMO:
         return None if so_config else preparar_modelo_demo(cfg)
     if (pasta := Path(cfg.MODELO_BASE)).is_dir():
+        if pasta.resolve().is_relative_to(Path(cfg.DIR_SAIDA).resolve()):
+            raise ErroDeUso(f"o modelo base ({pasta}) está dentro de DIR_SAIDA, e seria apagado: mude um dos dois.")
         return exigir_base_inteira(pasta)
     import requests
     from huggingface_hub import constants, snapshot_download
@@ -897,21 +1023,33 @@ def exigir_base_inteira(pasta: Path) -> Path:
     """Devolve a própria pasta, se ela serve como modelo base; todo safetensors é aberto, o que acusa o truncado."""
     from safetensors import SafetensorError, safe_open
 
-    falta, arquivos = "", set(pasta.glob("*.safetensors"))
+    falta, arquivos, config = "", set(pasta.glob("*.safetensors")), {}
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((pasta / "config.json").read_bytes())
     for indice in pasta.glob("*.safetensors.index.json"):
         try:
             arquivos |= {pasta / nome for nome in json.loads(indice.read_bytes())["weight_map"].values()}
         except (ValueError, KeyError):
-            falta = f"tem {indice.name} truncado"
+            falta = f"tem {indice.name} truncado; baixe-o de novo"
     for arquivo in arquivos:
         try:
             safe_open(arquivo, "pt")
         except (SafetensorError, OSError):
-            falta = f"tem {arquivo.name} truncado ou ausente"
-    if not arquivos or not (pasta / "config.json").is_file():
-        falta = "não tem config.json e pesos .safetensors"
+            falta = f"tem {arquivo.name} truncado ou ausente; baixe-o de novo"
+    especies = {
+        "adapter_config.json": "é só um adaptador LoRA: use o modelo de que ele saiu",
+        "*.bin": "só tem pesos .bin, que podem trazer código: use uma versão em safetensors",
+        "*.gguf": "é um GGUF, que não se treina: use o modelo original, em safetensors",
+        "*": "não tem config.json e pesos .safetensors: baixe-o de novo",
+    }
+    if not arquivos or not config:
+        falta = next((dito for padrao, dito in especies.items() if any(pasta.glob(padrao))), "está vazia")
+    elif "quantization_config" in config:
+        falta = "já está quantizada, e o merge pede os pesos de 16 bits: use o modelo original"
+    elif "auto_map" in config and not (pasta / "tokenizer.json").is_file():
+        falta = "pede código próprio, que este programa não executa: use um modelo que o transformers conheça"
     if falta:
-        raise ErroDeUso(f"a pasta {pasta} não serve como modelo base: {falta}; baixe-o de novo.")
+        raise ErroDeUso(f"a pasta {pasta} não serve como modelo base: {falta}.")
     return pasta
 
 
@@ -1018,25 +1156,73 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
 
 # ---------------------------------------------------------------- modelo e atenção
 
+DATA_DO_TEMPLATE = date(2024, 7, 26)  # a que o template do Llama 3 usa onde não há relógio
 POR_EXTENSO_ATE = 512  # tokens de um exemplo cuja atenção, na CPU, é calculada por extenso, o que é mais rápido
 
 
 def carregar_tokenizer(dir_base: Path) -> PreTrainedTokenizerBase:
-    """O tokenizer do modelo base, que tem de trazer um chat template."""
+    """O tokenizer do modelo base, com o chat template com que se treina e se serve (`fixar_template`)."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(dir_base, trust_remote_code=False)
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
-        raise FalhaNaExecucao("o modelo base não traz chat template: escolha um modelo instruído (instruct ou chat).")
+        raise ErroDeUso("o modelo base não traz chat template: escolha um modelo instruído (instruct ou chat).")
+    fixar_template(tokenizer)
     return tokenizer
 
 
-def escolher_pad(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Um token especial que não é eos, bos nem fim de turno, e que o chat template não escreve."""
+def fixar_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tira do chat template o que faria o prompt servido não ser o treinado: o dia de hoje e o pensamento.
+
+    A data passa a ser DATA_DO_TEMPLATE. Os modelos que pensam (Qwen3, R1) respondem sem pensar: o bloco que o template
+    põe vazio antes de uma resposta pronta passa a fazer parte do prompt.
+    """
+    template = re.sub(
+        r"(\{%-?\s*)(end)?generation\b", lambda m: m[1] + ("endif" if m[2] else "if true"), tokenizer.chat_template
+    )
+    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda m: repr(DATA_DO_TEMPLATE.strftime(m[2])), template)
+    if template != tokenizer.chat_template and "strftime_now" in tokenizer.chat_template:
+        log.info("      o chat template escreve a data de hoje: fica sempre %s", DATA_DO_TEMPLATE)
+    if "enable_thinking" in template:
+        template = "{%- set enable_thinking = false %}" + template
+    tokenizer.chat_template = template
+    prompt, (antes, _) = texto_do_prompt(tokenizer, "pergunta"), em_volta_da_resposta(tokenizer)
+    pensamento = antes.removeprefix(prompt) if antes.startswith(prompt) else ""
+    if prompt.rstrip().endswith("<think>"):
+        pensamento = "\n</think>\n\n"
+    if pensamento.strip():
+        tokenizer.chat_template += "{%- if add_generation_prompt %}{{- " + repr(pensamento) + " }}{%- endif %}"
+    if texto_do_prompt(tokenizer, "pergunta") != prompt + (pensamento if pensamento.strip() else ""):
+        raise ErroDeUso("o chat template do modelo base muda o que se acrescenta ao fim dele, e não se pode fixar.")
+    if pensamento.strip() or "enable_thinking" in template:
+        log.info("      o modelo base sabe pensar antes de responder: aqui se treina e se serve sem pensamento")
+
+
+def em_volta_da_resposta(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """O que o chat template escreve antes e depois da resposta numa conversa pronta."""
+    conversa = [{"role": "user", "content": "pergunta"}, {"role": "assistant", "content": "⟦resposta⟧"}]
+    antes, _, depois = tokenizer.apply_chat_template(conversa, tokenize=False).partition("⟦resposta⟧")
+    return antes, depois
+
+
+def inicio_da_resposta(tokenizer: PreTrainedTokenizerBase) -> str:
+    """O espaço que o chat template põe entre o prompt e a resposta, como os do Mistral e do Llama 2, se há."""
+    falta = em_volta_da_resposta(tokenizer)[0].removeprefix(texto_do_prompt(tokenizer, "pergunta"))
+    return falta if not falta.strip() else ""
+
+
+def escolher_pad(tokenizer: PreTrainedTokenizerBase, pares: list[Par]) -> str:
+    """Um token que nem o chat template nem os dados usam: um especial, se há, ou o último do vocabulário que sirva."""
     usados = {tokenizer.eos_token, tokenizer.bos_token, achar_fim_de_turno(tokenizer).strip()}
     candidatos = [tokenizer.pad_token, tokenizer.unk_token, *tokenizer.added_tokens_encoder]
     prompt = texto_do_prompt(tokenizer, "")
-    return next(t for t in candidatos if t and t not in usados and t not in prompt)
+    if especial := next((t for t in candidatos if t and t not in usados and t not in prompt), None):
+        return especial
+    dos_dados = tokenizer([prompt, *(f"{par.pergunta}\n{par.resposta}" for par in pares)])["input_ids"]
+    fora = set(tokenizer.get_vocab().values()) - {i for ids in dos_dados for i in ids} - set(tokenizer.all_special_ids)
+    return tokenizer.convert_ids_to_tokens(max(fora))
 
 
 def id_do_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -1046,15 +1232,15 @@ def id_do_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def achar_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> str:
     """O que o chat template escreve logo depois da resposta: `<|end|>` no Phi-3, `<|im_end|>` no SmolLM2."""
-    conversa = [{"role": "user", "content": "pergunta"}, {"role": "assistant", "content": "resposta"}]
-    texto = tokenizer.apply_chat_template(conversa, tokenize=False)
-    inicio = texto_do_prompt(tokenizer, "pergunta") + "resposta"
-    cauda = texto.removeprefix(inicio)
-    especiais = [(cauda.find(token), token) for token in tokenizer.added_tokens_encoder if token in cauda]
-    if not texto.startswith(inicio) or not especiais:
-        raise FalhaNaExecucao("o chat template do modelo base não encerra a resposta com um token especial.")
+    depois = em_volta_da_resposta(tokenizer)[1]
+    especiais = [(depois.find(token), token) for token in tokenizer.added_tokens_encoder if token in depois]
+    if not especiais:
+        raise ErroDeUso(
+            f"o chat template do modelo base escreve {depois[:40]!r} depois da resposta, sem um token especial em que "
+            "o modelo possa parar: escolha outro modelo instruído."
+        )
     lugar, token = min(especiais)
-    return cauda[: lugar + len(token)]
+    return depois[: lugar + len(token)]
 
 
 def prompt_e_ids(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> tuple[str, list[int]]:
@@ -1078,6 +1264,34 @@ def tipo_de_calculo(dispositivo: str) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # numa CPU sem bf16, tanto bf16 quanto fp16 são muito mais lentos que fp32
     return torch.bfloat16 if has_avx512bf16() else torch.float32
+
+
+def menor_janela(dir_base: Path) -> float:
+    """Quantos tokens vê a camada do modelo base que menos vê de cada vez; sem janela, infinito."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False).get_text_config()
+    tipos = getattr(config, "layer_types", None) or ["sliding_attention"]
+    janela = getattr(config, "sliding_window", None) if any("sliding" in tipo for tipo in tipos) else None
+    return janela or math.inf
+
+
+def conferir_alvos(alvos: str, modelo: PreTrainedModel) -> list[str] | str:
+    """LORA_TARGET_MODULES na forma do PEFT; cada nome tem de ser o de uma camada linear de pesos só dela."""
+    import torch
+
+    if not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", alvos):
+        return alvos  # all-linear, ou uma expressão regular
+    nomes = [nome.strip() for nome in alvos.split(",")]
+    cabeca = modelo.get_output_embeddings()
+    presa = cabeca is not None and cabeca.weight is modelo.get_input_embeddings().weight  # somar nela mudaria a entrada
+    lineares = [n for n, c in modelo.named_modules() if isinstance(c, torch.nn.Linear) and not (presa and c is cabeca)]
+    if faltam := [nome for nome in nomes if not any(f".{linear}".endswith(f".{nome}") for linear in lineares)]:
+        ha = ", ".join(sorted({linear.rpartition(".")[2] for linear in lineares}))
+        raise ErroDeUso(
+            f"LORA_TARGET_MODULES traz {', '.join(faltam)}, e as camadas lineares deste modelo base são {ha}."
+        )
+    return nomes
 
 
 def atencao_por_exemplo(
@@ -1115,17 +1329,51 @@ def atencao_por_exemplo(
 # ---------------------------------------------------------------- exemplos, linhas e perda
 
 
-def conferir_tamanhos(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Encerra a execução, com linhas e tamanhos, se há exemplo maior que MAX_LENGTH e não é para descartá-lo."""
-    exemplos = codificar_dados(cfg, pares, tokenizer)
-    tamanhos = sorted(zip(exemplos["tokens"][:], exemplos["origem"][:], strict=True))
-    longos = [f"{cfg.ARQUIVO_DADOS}:{origem}: {n} tokens" for n, origem in tamanhos if n > cfg.MAX_LENGTH]
-    if longos and not cfg.DESCARTAR_LONGOS:
-        listar_problemas(f"exemplo(s) passam de MAX_LENGTH, {cfg.MAX_LENGTH}; encurte-os ou aumente-o", longos)
+def conferir_exemplos(
+    cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase, dir_base: Path
+) -> Dataset:
+    """Os exemplos de `codificar_dados`, se nenhum traz token de controle ou não cabe, e há o que pôr na validação."""
+    arquivo, problemas = Path(cfg.ARQUIVO_DADOS), collections.defaultdict(list)
+    # escrito nos dados, um token de controle encerraria a resposta no meio, ou forjaria uma fala
+    controles = {
+        token for token in {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens} if token.strip(" ▁\n\t")
+    }
+    achar = re.compile("|".join(re.escape(token) for token in sorted(controles, key=len, reverse=True)) or "$^")
+    for par in pares:
+        for token in sorted({*achar.findall(f"{par.pergunta}\n{par.resposta}")}):
+            problemas[f"traz {token}, que para este modelo base é um token de controle; reescreva-o"].append(par.origem)
+    if problemas:
+        listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", arquivo, problemas)
+    exemplos, janela = codificar_dados(cfg, pares, tokenizer), menor_janela(dir_base)
+    for tokens, origem in sorted(zip(exemplos["tokens"][:], exemplos["origem"][:], strict=True)):
+        if tokens > cfg.MAX_LENGTH and not cfg.DESCARTAR_LONGOS:
+            problemas[f"{tokens} tokens, mais que MAX_LENGTH, {cfg.MAX_LENGTH}: encurte o exemplo ou aumente-o"].append(
+                origem
+            )
+        elif cfg.MAX_LENGTH >= tokens > janela:
+            problemas[f"{tokens} tokens, e o modelo base tem camadas que só veem {janela}: encurte-o"].append(origem)
+    if problemas:
+        listar_problemas("exemplo(s) não cabem", arquivo, problemas)
+    if not all(dividir(cfg, pares, exemplos)):
+        raise ErroDeUso(
+            f"{arquivo}: os {len(pares)} exemplos formam {len({*exemplos['grupo'][:]})} grupo(s) de perguntas ou "
+            "respostas parecidas, e nenhum cabe inteiro na validação. Traga exemplos mais variados, aumente "
+            "FRACAO_VALIDACAO, ou use --validacao-por-linha, com que a validação terá parecidos do treino e dirá menos."
+        )
+    return exemplos
+
+
+def dividir(cfg: argparse.Namespace, pares: list[Par], exemplos: Dataset) -> tuple[list[int], list[int]]:
+    """Os índices, de treino e de validação, dos exemplos até MAX_LENGTH; parecidos ficam do mesmo lado."""
+    tamanhos, grupo, grupos = exemplos["tokens"][:], exemplos["grupo"][:], collections.defaultdict(list)
+    for i in sorted(range(len(pares)), key=lambda i: pares[i][1:3]):
+        if tamanhos[i] <= cfg.MAX_LENGTH:
+            grupos[i if cfg.VALIDACAO_POR_LINHA else grupo[i]].append(i)
+    return separar_validacao(list(grupos.values()), cfg.FRACAO_VALIDACAO, cfg.SEED)
 
 
 def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Os pares como exemplos: `input_ids`, `labels`, `tokens` (quantos são) e os campos do par, na ordem dada.
+    """Os pares como exemplos: o de `codificar`, `tokens` (quantos são), `grupo` de parecidos e os campos do par.
 
     Ficam em disco, em `checkpoints/dados/`, e são lidos de lá aos poucos; se pares e tokenizer são os mesmos, não se
     codifica de novo.
@@ -1133,7 +1381,8 @@ def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTra
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
-    fim, codigo = achar_fim_de_turno(tokenizer), inspect.getsource(codificar) + inspect.getsource(prompt_e_ids)
+    inicio, fim = inicio_da_resposta(tokenizer), achar_fim_de_turno(tokenizer)
+    codigo = Path(__file__).read_bytes()  # outro programa, outros exemplos
     vocabulario = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer.get_vocab())
     versoes = [metadata.version(pacote) for pacote in ("tokenizers", "transformers", "datasets")]
     soma = hashlib.sha256(repr([codigo, versoes, vocabulario, tokenizer.chat_template, tokenizer.bos_token]).encode())
@@ -1144,20 +1393,32 @@ def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTra
     if not ((pasta / arquivo).is_file() and esta_inteira(pasta)):
         feito = f"{len(pares)} exemplos tokenizados"
         with andamento(feito), pasta_inteira(pasta) as nova, ArrowWriter(path=str(nova / arquivo)) as escritor:
+            grupos, ligacoes = agrupar_parecidos(pares)
+            grupo_de = {par.origem: i for i, grupo in enumerate(grupos) for par in grupo}
             for par in pares:
-                exemplo = codificar(tokenizer, fim, par)
-                escritor.write(exemplo | par._asdict() | {"tokens": len(exemplo["input_ids"])})
+                exemplo = codificar(tokenizer, fim, par, inicio)
+                exemplo |= par._asdict() | {"tokens": len(exemplo["input_ids"]), "grupo": grupo_de[par.origem]}
+                escritor.write(exemplo)
             escritor.finalize()
+        log.info("      pares de perguntas ou respostas parecidas: %d", ligacoes)
     return Dataset.from_file(str(pasta / arquivo))
 
 
-def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par) -> dict[str, list[int]]:
-    """Transforma um par em `input_ids` e `labels`; só a resposta e seu fim de turno têm rótulo."""
+def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par, inicio: str = "") -> dict[str, Any]:
+    """Transforma um par em `prompt`, `input_ids` e `labels`; só a resposta, com o que a cerca, tem rótulo."""
     prompt, ids_prompt = prompt_e_ids(tokenizer, par.pergunta)
-    ids = tokenizer(prompt + par.resposta + fim, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt + inicio + par.resposta + fim, add_special_tokens=False)["input_ids"]
     if ids[: len(ids_prompt)] != ids_prompt:  # o que se treina não seria o que se serve
-        raise FalhaNaExecucao(f"linha {par.origem}: o tokenizer funde o fim do prompt com o começo da resposta.")
-    return {"input_ids": ids, "labels": [IGNORADO] * len(ids_prompt) + ids[len(ids_prompt) :]}
+        raise ErroDeUso(
+            f"linha {par.origem}: o tokenizer deste modelo base funde o fim do prompt com o começo da resposta."
+        )
+    rotulos = [IGNORADO] * len(ids_prompt) + ids[len(ids_prompt) :]
+    return {"prompt": prompt, "input_ids": ids, "labels": rotulos}
+
+
+def prompts_treinados(exemplos: Dataset) -> Prompts:
+    """(pergunta, prompt, ids) de cada exemplo, como o treino os guardou."""
+    return tuple((e["pergunta"], e["prompt"], e["input_ids"][: e["labels"].count(IGNORADO)]) for e in exemplos)
 
 
 class Linhas:
@@ -1315,6 +1576,7 @@ def so_projeta(modelo: PreTrainedModel) -> bool:
 
 # ---------------------------------------------------------------- merge medido
 
+MAIOR_FP16 = 65504
 PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucos exemplos
 
 
@@ -1327,7 +1589,12 @@ def calculo_em_fp32(modelo: PreTrainedModel) -> Iterator[None]:
     """
     import torch
 
-    def para_fp32(camada: Any, _: Any) -> None:
+    def para_fp32(camada: Any, entradas: Any) -> None:
+        if entradas[0].is_floating_point() and not entradas[0].abs().max() < MAIOR_FP16:
+            raise FalhaNaExecucao(
+                f"o modelo treinado tem ativações além de {MAIOR_FP16}, que o GGUF de 16 bits não guarda: o treino "
+                "divergiu, ou o modelo base já as tem. Baixe LEARNING_RATE ou NUM_TRAIN_EPOCHS, com --recomecar."
+            )
         guardados.extend((peso, peso.data) for peso in camada.parameters(recurse=False))
         camada.float()
 
@@ -1411,39 +1678,44 @@ def converter(comando: list[Any]) -> None:
         raise FalhaNaExecucao(f"{conversor} não converteu {pasta} (código {feito.returncode}) e disse:\n  {fim}")
 
 
-def ajustar_tokenizer(gguf: Path, nome: str, prompts: Prompts, fim: int) -> Llama:
-    """Acha os metadados com que o llama.cpp tokeniza os prompts exatamente como o treino os tokenizou.
+def achar_ajustes(cfg: argparse.Namespace, gguf: Path, exemplos: Any, fim: int) -> dict[str, Any]:
+    """Os metadados com que o llama.cpp tokeniza o prompt de cada exemplo exatamente como o treino o tokenizou.
 
     O certo depende dos arquivos do tokenizer de cada modelo (espaço inicial, bos), e o llama.cpp só engole a quebra de
-    linha depois dos tokens do Phi-3 quando general.name contém "phi-3": em vez de supor, compara os ids com os de
-    `prompts` (pergunta, prompt, ids). Devolve o vocabulário aberto com os metadados certos em `kv_overrides`.
+    linha depois dos tokens do Phi-3 quando general.name contém "phi-3": em vez de supor, compara os ids. Se sempre há
+    prompts diferentes, são ditos com a linha e com o trecho que o llama.cpp lê de outro modo.
     """
     from llama_cpp import Llama
 
-    _, textos, treinados = zip(*prompts, strict=True)
-    ajustes: dict[str, bool | int | float | str] = {"tokenizer.ggml.eot_token_id": fim}
-    diferenca = ""
+    nome, melhor = Path(cfg.MODELO_BASE).name, None
+    prompts = [(e["origem"], e["prompt"], e["input_ids"][: e["labels"].count(IGNORADO)]) for e in exemplos]
     for nome_geral, espaco, bos in itertools.product((nome, f"Phi-3 {nome}"), (False, True), (False, True)):
-        ajustes |= {"tokenizer.ggml.add_space_prefix": espaco, "tokenizer.ggml.add_bos_token": bos}
+        ajustes = {"tokenizer.ggml.add_space_prefix": espaco, "tokenizer.ggml.add_bos_token": bos}
         ajustes["general.name"] = nome_geral.encode()[:127].decode(errors="ignore")  # o llama.cpp guarda 127 bytes
+        ajustes["tokenizer.ggml.eot_token_id"] = fim
         vocabulario = Llama(str(gguf), vocab_only=True, verbose=False, kv_overrides=ajustes)
-        obtidos = [vocabulario.tokenize(texto.encode(), add_bos=True, special=True) for texto in textos]
-        if obtidos == list(treinados):
-            return vocabulario
+        diferentes = collections.defaultdict(list)
+        for origem, prompt, ids in prompts:
+            obtidos = vocabulario.tokenize(prompt.encode(), add_bos=True, special=True)
+            if obtidos != ids:
+                i = next((i for i, (a, b) in enumerate(zip(obtidos, ids, strict=False)) if a != b), len(obtidos) - 1)
+                trecho = vocabulario.detokenize(ids[max(0, i - 2) : i + 3], special=True).decode(errors="replace")
+                dito = f"o llama.cpp lê {trecho!r} como {obtidos[i : i + 4]}, e o treino, como {ids[i : i + 4]}"
+                diferentes[dito].append(origem)
         vocabulario.close()
-        i = next(i for i, ids in enumerate(obtidos) if ids != treinados[i])
-        diferenca = diferenca or f"prompt: {textos[i]!r}\n  treino: {treinados[i]}\n  llama.cpp: {obtidos[i]}"
-    raise FalhaNaExecucao(
-        "o llama.cpp não tokeniza os prompts como o treino, e o GGUF deste modelo base não serviria; o modelo treinado "
-        f"está pronto em safetensors, na pasta modelo_final:\n  {diferenca}"
-    )
+        if not diferentes:
+            return ajustes
+        if melhor is None or sum(map(len, diferentes.values())) < sum(map(len, melhor.values())):
+            melhor = diferentes
+    listar_problemas("prompt(s) seriam servidos com outros tokens; reescreva o trecho", Path(cfg.ARQUIVO_DADOS), melhor)
 
 
-def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama, importancia: dict[str, Any]) -> None:
-    """Quantiza o GGUF de 16 bits em `tipo`, com os metadados de `ajustar_tokenizer` e guiado por `importancia`."""
+def quantizar(f16: Path, destino: Path, tipo: str, ajustes: dict[str, Any], importancia: dict[str, Any]) -> None:
+    """Quantiza o GGUF de 16 bits em `tipo`, com os metadados de `achar_ajustes` e guiado por `importancia`."""
     import llama_cpp
     from gguf import MODEL_ARCH_NAMES, LlamaFileType, get_tensor_name_map
 
+    ajustado = llama_cpp.Llama(str(f16), vocab_only=True, verbose=False, kv_overrides=ajustes)
     arquitetura = next(a for a, nome in MODEL_ARCH_NAMES.items() if nome == ajustado.metadata["general.architecture"])
     nomes = get_tensor_name_map(arquitetura, int(ajustado.metadata[f"{MODEL_ARCH_NAMES[arquitetura]}.block_count"]))
     # só os blocos, como o llama-imatrix: na projeção de saída a matriz atrapalha
@@ -1464,8 +1736,15 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustado: Llama, importancia:
         raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}; em geral, {DISCO_CHEIO}.")
 
 
+def escrever_modelfile(servido: str, cfg: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
+    """O Modelfile do Ollama. Sem TEMPLATE, o Ollama usa o chat template que vai no próprio GGUF."""
+    instrucoes = [f"FROM ./{servido}", f"PARAMETER num_ctx {cfg.MAX_LENGTH}", *traduzir_template(tokenizer)]
+    paradas = dict.fromkeys([achar_fim_de_turno(tokenizer).strip(), tokenizer.eos_token])
+    return "\n".join([*instrucoes, *(f'PARAMETER stop "{parada}"' for parada in paradas if parada)]) + "\n"
+
+
 def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """O chat template do modelo na linguagem do Ollama: as instruções TEMPLATE, SYSTEM e PARAMETER stop do `Modelfile`.
+    """O chat template na linguagem do Ollama: as instruções SYSTEM e TEMPLATE, ou nada, se nela não se pode dizê-lo.
 
     A tradução sai do próprio template: renderiza conversas de sonda e lê o que ele escreve em volta de cada fala.
     """
@@ -1475,11 +1754,14 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         conversa = [{"role": papel, "content": "⟦⟧"} for papel in papeis]
         return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True).split("⟦⟧")
 
-    usuario, antes_da_resposta, entre, geracao = em_volta("user", "assistant", "user")
+    instrucoes, sistema, marca = [], None, ""
+    try:
+        usuario, antes_da_resposta, entre, geracao = em_volta("user", "assistant", "user")
+    except (TemplateError, ValueError):
+        usuario = antes_da_resposta = entre = geracao = ""
     inicio = bos if usuario.startswith(bos := tokenizer.bos_token or "") else ""  # vem uma vez, antes de tudo
-    usuario, sistema, instrucoes = usuario.removeprefix(inicio), None, []
-    depois_do_sistema = usuario
-    with contextlib.suppress(TemplateError):  # há templates, como o do Gemma, sem mensagem de sistema
+    usuario = depois_do_sistema = usuario.removeprefix(inicio)
+    with contextlib.suppress(TemplateError, ValueError):  # há templates sem mensagem de sistema
         sistema, depois_do_sistema, *_ = em_volta("system", "user")
         sistema = sistema.removeprefix(inicio)
     if sistema and usuario.startswith(sistema) and usuario.endswith(depois_do_sistema):
@@ -1489,18 +1771,22 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         else:  # ou, como o do Llama 3.1, só o cabeçalho dela
             inicio, sistema = inicio + sistema, ""
         usuario = depois_do_sistema
+    elif sistema == usuario and not depois_do_sistema.endswith(usuario):
+        marca = "{{ $s := false }}"  # o template, como o do Gemma, põe o sistema no começo da pergunta
     elif not depois_do_sistema.endswith(usuario):
-        sistema = None  # o template, como o do Mistral, põe o sistema dentro da pergunta, o que no Ollama não se diz
-    if not entre.endswith(usuario) or geracao != antes_da_resposta:
-        raise FalhaNaExecucao("o chat template do modelo base não pode ser traduzido para o Modelfile do Ollama.")
+        sistema = None
+    if not usuario or not entre.endswith(usuario) or geracao != antes_da_resposta:
+        log.info("      o chat template não se traduz para o Modelfile: o Ollama usará o que vai no GGUF")
+        return []
     falas = {"user": (usuario, antes_da_resposta), "assistant": ("", entre.removesuffix(usuario))}
-    if sistema is not None:
+    if marca:
+        falas["user"] = f"{{{{ if not $s }}}}{usuario}{{{{ end }}}}{{{{ $s = false }}}}", antes_da_resposta
+        falas = {"system": (sistema, depois_do_sistema + "{{ $s = true }}"), **falas}
+    elif sistema is not None:
         falas = {"system": (sistema, depois_do_sistema.removesuffix(usuario)), **falas}
     ramos = [f'if eq .Role "{p}" }}}}{antes}{{{{ .Content }}}}{depois}{{{{ ' for p, (antes, depois) in falas.items()]
     corpo = "{{ range .Messages }}{{ " + "else ".join(ramos) + "end }}{{ end }}"
-    instrucoes.append(f'TEMPLATE """{inicio}{corpo}"""')
-    paradas = dict.fromkeys([achar_fim_de_turno(tokenizer).strip(), tokenizer.eos_token])
-    return instrucoes + [f'PARAMETER stop "{parada}"' for parada in paradas]
+    return [*instrucoes, f'TEMPLATE """{inicio}{marca}{corpo}"""']
 
 
 # ---------------------------------------------------------------- a prova
@@ -1508,7 +1794,8 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 Prompts = tuple[tuple[str, str, list[int]], ...]  # (pergunta, prompt, ids) de cada um
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
 # divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
-KL_MAXIMA = {"merge": 0.01, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
+KL_MAXIMA = {"merge": 0.001, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
+RUIDO_MAXIMO = 0.2  # variância do que mudou em cada logit, como fração da variância dos logits
 
 
 def em_outro_processo(funcao: Any, gguf: Path, *resto: Any) -> Any:
@@ -1545,16 +1832,17 @@ def provar_gguf(
     import numpy as np
     import psutil
 
+    calar_llama_cpp()
     nucleos = psutil.cpu_count(logical=False)
     opcoes = dict(n_threads=nucleos, n_threads_batch=nucleos, seed=cfg.SEED, verbose=False)
     inicio = time.perf_counter()
     modelo = llama_cpp.Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, **opcoes)
     medida: dict[str, Any] = {"carga_s": time.perf_counter() - inicio, "respostas": [], "terminou": []}
     conferir_prompts(modelo, gguf, prompts, fim)
-    for exemplo in exemplos[:gerar]:  # gulosa, pelo chat template do arquivo, como um servidor
-        conversa = [{"role": "user", "content": exemplo["pergunta"]}]
-        feita = modelo.create_chat_completion(conversa, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
-        medida["respostas"].append(feita["message"]["content"])
+    for exemplo in exemplos[:gerar]:  # gulosa, do prompt treinado, que os arquivos servidos provaram escrever igual
+        ids = exemplo["input_ids"][: exemplo["labels"].count(IGNORADO)]
+        feita = modelo.create_completion(ids, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
+        medida["respostas"].append(feita["text"])
         medida["terminou"].append(feita["finish_reason"] == "stop")
     if prompts and not any(resposta.strip() for resposta in medida["respostas"]):
         raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {exemplos[0]['pergunta']}")
@@ -1607,14 +1895,15 @@ def conferir_prompts(modelo: Llama, gguf: Path, prompts: Prompts, fim: int | Non
 
 
 def exigir_fidelidade(saido: str, falha: str, medida: dict[str, float]) -> None:
-    """Mostra KL e top-1 e encerra a execução se a KL passa do limite do que saiu; o top-1 não decide.
+    """Mostra KL, ruído e top-1 e encerra a execução se a KL passa do limite do que saiu, ou o ruído do de todos.
 
-    Onde o modelo hesita entre dois tokens, uma diferença sem importância troca o mais provável.
+    A KL é pequena num modelo que hesita entre muitos tokens, mesmo estragado, e ali o top-1 muda sem que nada se tenha
+    perdido: quem o acusa é o ruído, que não depende da escala dos logits.
     """
     limite = KL_MAXIMA.get(saido, math.inf)
     dito = f"KL {medida['kl']:.2g} nats por token ({f'limite {limite:g}' if limite < math.inf else 'sem limite'}), "
-    dito += f"mesmo token mais provável em {medida['top1']:.1%} das posições"
-    if not medida["kl"] <= limite:  # NaN também não passa
+    dito += f"ruído {medida['ruido']:.2g} (limite {RUIDO_MAXIMO}), mesmo token mais provável em {medida['top1']:.1%}"
+    if not (medida["kl"] <= limite and medida["ruido"] <= RUIDO_MAXIMO):  # NaN também não passa
         raise FalhaNaExecucao(f"{falha}: {dito}.")
     log.info("      %s: %s", saido, dito)
 
@@ -1622,16 +1911,17 @@ def exigir_fidelidade(saido: str, falha: str, medida: dict[str, float]) -> None:
 def juntar_medidas(medidas: list[dict[str, Any]]) -> dict[str, float]:
     """Médias por token de uma lista de `comparar_logprobs`: `kl` e `nll` em nats, `top1` em fração."""
     tokens = sum(medida["tokens"] for medida in medidas)
-    return {nome: sum(medida[nome] for medida in medidas) / tokens for nome in ("kl", "top1", "nll")}
+    return {nome: sum(medida[nome] for medida in medidas) / tokens for nome in ("kl", "ruido", "top1", "nll")}
 
 
 def comparar_logprobs(referencia: Any, obtida: Any, exemplo: dict[str, Any]) -> dict[str, Any]:
-    """Compara duas saídas de `logprobs` do mesmo exemplo: somas de KL, de acertos do top-1 e de NLL, e os tokens."""
+    """Compara duas saídas de `logprobs` do mesmo exemplo: somas de KL, ruído, acertos do top-1 e NLL, e os tokens."""
     import numpy as np
 
     resposta = [rotulo for rotulo in exemplo["labels"] if rotulo != IGNORADO]
     return {
         "kl": float((np.exp(referencia) * (referencia - obtida)).sum()),
+        "ruido": float(((obtida - referencia).var(-1) / referencia.var(-1)).sum()),
         "top1": int((referencia.argmax(-1) == obtida.argmax(-1)).sum()),
         "nll": -float(obtida[np.arange(len(resposta)), resposta].sum()),
         "tokens": len(resposta),
@@ -1723,11 +2013,11 @@ Os prompts de cada arquivo, escritos pelo template dele, foram comparados id por
 ## Perguntas da validação, antes e depois
 
 {% for exemplo, antes, depois in mostrados -%}
-**{{ exemplo.pergunta }}**
+Pergunta: {{ citar(exemplo.pergunta) }}
 
 - antes: {{ citar(antes) }}
 - depois: {{ citar(depois) }}
-- referência: {{ exemplo.resposta }}
+- referência: {{ citar(exemplo.resposta) }}
 
 {% endfor -%}
 ## Como usar
@@ -2176,10 +2466,21 @@ def explicar(problema: Exception) -> str | None:
     return f"o sistema recusou um arquivo: {problema}" if isinstance(problema, OSError) else None
 
 
-def listar_problemas(titulo: str, problemas: list[str]) -> NoReturn:
-    """Encerra a execução com a lista dos primeiros problemas e o total."""
-    resto = [f"e mais {len(problemas) - MAX_PROBLEMAS}"] if len(problemas) > MAX_PROBLEMAS else []
-    raise ErroDeUso("\n  ".join([f"{len(problemas)} {titulo}:", *problemas[:MAX_PROBLEMAS], *resto]))
+def listar_problemas(titulo: str, arquivo: Path, problemas: dict[str, list[int]]) -> NoReturn:
+    """Encerra a execução com cada frase de `problemas`, {frase: linhas do arquivo}, uma vez só, e o total de linhas."""
+    frases = [
+        f"{arquivo}:{linhas[0]}: {frase}" + (f" (também nas linhas {enumerar(linhas[1:])})" if linhas[1:] else "")
+        for frase, linhas in problemas.items()
+    ]
+    resto = [f"e mais {len(frases) - MAX_PROBLEMAS}"] if len(frases) > MAX_PROBLEMAS else []
+    total = len({linha for linhas in problemas.values() for linha in linhas})
+    raise ErroDeUso("\n  ".join([f"{total} {titulo}:", *frases[:MAX_PROBLEMAS], *resto]))
+
+
+def enumerar(linhas: list[int]) -> str:
+    """Os números das linhas, até MAX_PROBLEMAS, e quantas há mais."""
+    resto = f" e mais {len(linhas) - MAX_PROBLEMAS}" if len(linhas) > MAX_PROBLEMAS else ""
+    return ", ".join(map(str, linhas[:MAX_PROBLEMAS])) + resto
 
 
 @contextlib.contextmanager
@@ -2224,6 +2525,17 @@ def acalmar_bibliotecas() -> None:
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     for nome in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
         logging.getLogger(nome).setLevel(logging.ERROR)
+    calar_llama_cpp()
+
+
+@functools.cache  # o llama.cpp guarda o ponteiro da função devolvida, que por isso não pode ser recolhida
+def calar_llama_cpp() -> Any:
+    """Tira do terminal o que o llama.cpp escreve, que `verbose=False` só tira em parte."""
+    import llama_cpp
+
+    silencio = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silencio, None)
+    return silencio
 
 
 if __name__ == "__main__":

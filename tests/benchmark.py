@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import DADOS, DOIS
+from conftest import preparar as preparar_etapas
 
 import fine_tuning_saude as ft
 
@@ -171,7 +172,7 @@ def treinar_nosso(cfg: argparse.Namespace, relogio: Relogio) -> tuple[Any, dict[
 
     base, _, treino, validacao = preparar(cfg)
     quantizacao = ft.etapa_2_quantizacao("cpu")
-    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(base, "cpu", quantizacao)[1])
+    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(preparar_etapas(base), quantizacao)[1])
     original = transformers.Trainer.__init__
     shutil.rmtree(Path(cfg.DIR_SAIDA) / "checkpoints", ignore_errors=True)  # senão continuaria do braço anterior
 
@@ -185,8 +186,7 @@ def treinar_nosso(cfg: argparse.Namespace, relogio: Relogio) -> tuple[Any, dict[
         trainer.evaluate = lambda *a, **o: trainer.log(medida := {"eval_perda": 0.0}) or medida
 
     transformers.Trainer.__init__ = com_relogio
-    preparo = ft.Preparo([], "cpu", checkpointing=False, dir_base=base, conversor=base, gguf_base=None)
-    argumentos = ft.etapa_6_argumentos(cfg, preparo, quantizacao)
+    argumentos = ft.etapa_6_argumentos(cfg, preparar_etapas(base), quantizacao)
     argumentos.eval_strategy = "no"
     ft.etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
     return modelo, relogio.medidas(cfg.GRADIENT_ACCUMULATION_STEPS), validacao

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from interprete import Processo, executavel, soquete_de
@@ -57,6 +58,13 @@ def exemplos_reais(base: Path, quantos: int) -> list[dict]:
     fim = ft.achar_fim_de_turno(tokenizer)
     pares = [ft.Par(i, linha["input"], linha["output"]) for i, linha in enumerate(linhas_reais(quantos))]
     return [ft.codificar(tokenizer, fim, par) | par._asdict() for par in pares]
+
+
+def preparar(base: Path) -> Any:
+    """O que a etapa 1 entregaria às etapas 3 e 6, sem dados, na CPU."""
+    import fine_tuning_saude as ft
+
+    return ft.Preparo([], "cpu", checkpointing=False, dir_base=base, conversor=base, gguf_base=None, ajustes={})
 
 
 def executar(

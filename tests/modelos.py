@@ -27,6 +27,63 @@ CHAT_TEMPLATE_QWEN = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# formas de chat template que se acham em modelos de hoje, com os tokens do Llama 3 ou do Qwen
+DO_LLAMA = "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}"
+PEDIDO_LLAMA = "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+DO_QWEN = "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+PENSAMENTO = "{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m.content + '<|im_end|>\n' }}"
+RESTO = "{% set resto = messages[1:] if messages[0]['role'] == 'system' else messages %}"
+PEDIDO_QWEN = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+FALAS_QWEN = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' and loop.last %}"
+    + PENSAMENTO
+    + "{%- else %}"
+    + DO_QWEN
+    + "{%- endif %}{%- endfor %}"
+    + PEDIDO_QWEN
+)
+TEMPLATES = {
+    # o do Llama 3.2: a data de hoje na mensagem de sistema
+    "llama_com_data": "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' }}"
+    + "{{ strftime_now('%d %b %Y') + '\n\n' }}"
+    + "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
+    + "{{ '<|eot_id|>' }}"
+    + RESTO
+    + "{% for m in resto %}"
+    + DO_LLAMA
+    + "{% endfor %}"
+    + PEDIDO_LLAMA,
+    # o do Gemma e o do Mistral: o sistema no começo da primeira pergunta
+    "llama_que_dobra": "{{ bos_token }}{% set pre = '' %}"
+    + "{% if messages[0]['role'] == 'system' %}{% set pre = messages[0]['content'] + '\n\n' %}{% endif %}"
+    + RESTO
+    + "{% for m in resto %}{{ '<|start_header_id|>' + m['role'] + '\n' }}"
+    + "{{ (pre if loop.first else '') + m['content'] }}"
+    + "{{ '<|eot_id|>\n' }}{% endfor %}"
+    + "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant\n' }}{% endif %}",
+    # o do Mistral e o do Llama 2: um espaço antes da resposta
+    "llama_com_espaco": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    + "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + '<|eot_id|>' }}{% endif %}"
+    + "{% endfor %}",
+    # os que marcam para o treino o que o assistente gera
+    "llama_com_generation": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{%- generation %}"
+    + DO_LLAMA
+    + "{%- endgeneration %}{% else %}"
+    + DO_LLAMA
+    + "{% endif %}{% endfor %}"
+    + PEDIDO_LLAMA,
+    # como o do Qwen3: a última resposta ganha um bloco de pensamento vazio que o prompt não tem
+    "qwen_que_pensa": FALAS_QWEN + "{%- endif %}",
+    # o do Qwen3 como é: o bloco vazio vem também no prompt, quando se pede que não pense
+    "qwen_com_chave": FALAS_QWEN
+    + "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    + "{%- endif %}",
+    # o do R1: o prompt abre o pensamento, que a resposta pronta não traz
+    "qwen_r1": "{%- for m in messages %}"
+    + DO_QWEN
+    + "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}",
+}
+
 
 def escrever_tokenizer_model(vocabulario_gguf: Path, destino: Path) -> list[str]:
     """Refaz o `tokenizer.model` (sentencepiece) do Phi-3 a partir do vocabulário em GGUF do llama.cpp.
@@ -122,15 +179,19 @@ def construir_phi3(destino: Path, vocabulario_gguf: Path, normalizador_prefixa: 
     return destino
 
 
-def construir_llama_ou_qwen(destino: Path, vocabularios: Path, familia: str) -> Path:
-    """Escreve em `destino` um Llama ou um Qwen2 de 2 camadas, com o vocabulário e o chat template da família."""
+def construir_llama_ou_qwen(destino: Path, vocabularios: Path, familia: str, template: str = "") -> Path:
+    """Escreve em `destino` um Llama ou um Qwen2 de 2 camadas, com o vocabulário da família e o seu chat template.
+
+    `template` é o nome de outro, de TEMPLATES.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
     configs = {"llama": LlamaConfig, "qwen": Qwen2Config}
     arquivo = {"llama": "ggml-vocab-llama-bpe.gguf", "qwen": "ggml-vocab-qwen2.gguf"}[familia]
     tokenizer = AutoTokenizer.from_pretrained(vocabularios, gguf_file=arquivo)
-    tokenizer.chat_template = {"llama": CHAT_TEMPLATE_LLAMA, "qwen": CHAT_TEMPLATE_QWEN}[familia]
+    proprio = {"llama": CHAT_TEMPLATE_LLAMA, "qwen": CHAT_TEMPLATE_QWEN}[familia]
+    tokenizer.chat_template = TEMPLATES.get(template, proprio)
     tokenizer.save_pretrained(destino)
     torch.manual_seed(0)
     config = configs[familia](

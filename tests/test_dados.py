@@ -12,36 +12,38 @@ import fine_tuning_saude as ft
 
 # tema → quantas perguntas se espera; pode variar 10 % por tema
 TEMAS = {
-    "SUS: base legal e controle social": 70,
-    "PNAB, equipes e território": 135,
-    "Acesso e acolhimento": 70,
-    "Cofinanciamento e indicadores": 40,
-    "e-SUS APS e sistemas de informação": 90,
-    "Redes de atenção e regulação": 70,
-    "ACS, ACE e visita domiciliar": 70,
-    "Imunização e rede de frio": 115,
-    "Pré-natal e puerpério": 90,
-    "Saúde da mulher": 70,
-    "Saúde da criança": 90,
-    "Adolescente, escola e homem": 55,
-    "Pessoa idosa": 60,
-    "Hipertensão e risco cardiovascular": 75,
-    "Diabetes": 65,
+    "SUS: base legal e controle social": 48,
+    "PNAB, equipes e território": 88,
+    "Acesso e acolhimento": 59,
+    "Cofinanciamento e indicadores": 30,
+    "e-SUS APS e sistemas de informação": 62,
+    "Redes de atenção e regulação": 48,
+    "ACS, ACE e visita domiciliar": 58,
+    "Imunização e rede de frio": 123,
+    "Pré-natal e puerpério": 88,
+    "Saúde da mulher": 69,
+    "Saúde da criança": 89,
+    "Adolescente, escola e homem": 53,
+    "Pessoa idosa": 58,
+    "Saúde bucal": 44,
+    "Atenção domiciliar e cuidados paliativos": 38,
+    "Hipertensão e risco cardiovascular": 78,
+    "Diabetes": 64,
     "Asma e DPOC": 35,
-    "Alimentação, tabaco e atividade física": 70,
-    "Saúde mental, álcool e outras drogas": 70,
-    "IST, HIV e hepatites": 60,
-    "Tuberculose e hanseníase": 60,
-    "Arboviroses, zoonoses e peçonhentos": 65,
+    "Alimentação, tabaco e atividade física": 68,
+    "Assistência farmacêutica": 58,
+    "Saúde mental, álcool e outras drogas": 68,
+    "IST, HIV e hepatites": 59,
+    "Tuberculose e hanseníase": 59,
+    "Arboviroses, zoonoses e peçonhentos": 64,
     "Vigilância, trabalhador e ambiente": 55,
-    "Violência e equidade": 80,
-    "Saúde bucal": 45,
-    "Assistência farmacêutica": 55,
-    "Segurança do paciente e procedimentos": 55,
-    "Urgências na APS": 50,
-    "Atenção domiciliar e cuidados paliativos": 40,
-    "Promoção, PICS e Bolsa Família": 45,
-    "Ética, LGPD e limites do assistente": 50,
+    "Violência e equidade": 77,
+    "Segurança do paciente e procedimentos": 54,
+    "Urgências na APS": 48,
+    "Promoção, PICS e Bolsa Família": 34,
+    "Ética, LGPD e limites do assistente": 45,
+    "Queixas comuns na APS": 114,
+    "Medicamentos: doses, trocas e receitas": 65,
 }
 NORMA = (
     r"(Constituição Federal/1988|Emenda Constitucional nº|Lei nº|Lei Complementar nº|Decreto nº|Decreto-Lei nº|"
@@ -83,7 +85,8 @@ def esqueleto(pergunta: str) -> str:
 def test_cada_linha_tem_as_quatro_chaves_e_nada_mais(linhas: list[dict[str, str]]) -> None:
     for numero, linha in enumerate(linhas, 1):
         assert list(linha) == ["input", "output", "tema", "fonte"], numero
-        assert all(isinstance(v, str) and v == v.strip() and v and "\n" not in v for v in linha.values()), numero
+        assert all(isinstance(v, str) and v == v.strip() and v for v in linha.values()), numero
+        assert all("\n" not in linha[chave] for chave in ("input", "tema", "fonte")), numero
 
 
 def test_nao_ha_pergunta_resposta_ou_par_repetido(linhas: list[dict[str, str]]) -> None:
@@ -113,10 +116,10 @@ def test_as_respostas_tem_de_12_a_180_palavras_e_mediana_de_35_a_90(linhas: list
     assert 35 <= statistics.median(tamanhos) <= 90
 
 
-def test_perguntas_e_respostas_terminam_em_pontuacao_e_nao_tem_marcacao(linhas: list[dict[str, str]]) -> None:
+def test_as_respostas_terminam_em_pontuacao_e_nao_tem_marcacao(linhas: list[dict[str, str]]) -> None:
     for numero, linha in enumerate(linhas, 1):
-        assert linha["input"][-1] in "?.!" and linha["output"][-1] in ".!?)", numero
-        assert not re.search(r"\*\*|^#|^- |https?://", linha["output"]), numero
+        assert linha["output"][-1] in ".!?)", numero
+        assert not re.search(r"\*\*|^#|https?://", linha["output"]), numero
 
 
 def test_cada_fonte_nomeia_documento_e_ano_numa_forma_conhecida(linhas: list[dict[str, str]]) -> None:
@@ -146,3 +149,36 @@ def test_ao_menos_25_respostas_de_limites_levam_a_pessoa_ao_servico(linhas: list
 def test_nao_ha_dado_pessoal(linhas: list[dict[str, str]]) -> None:
     for numero, linha in enumerate(linhas, 1):
         assert ft.achar_dado_pessoal(f"{linha['input']}\n{linha['output']}") is None, numero
+
+
+def test_ao_menos_300_perguntas_sao_como_as_pessoas_digitam(linhas: list[dict[str, str]]) -> None:
+    # curtas, ou começadas em minúscula, ou sem pontuação no fim
+    perguntas = [linha["input"] for linha in linhas]
+    digitadas = [p for p in perguntas if len(p.split()) <= 8 or p[0].islower() or p[-1] not in "?.!"]
+    assert len(digitadas) >= 300
+    assert sum(p[0].islower() for p in perguntas) >= 150 and sum(len(p.split()) <= 5 for p in perguntas) >= 25
+
+
+def test_ao_menos_200_respostas_dao_passos_numerados_na_ordem(linhas: list[dict[str, str]]) -> None:
+    com_passos = [numeros for linha in linhas if (numeros := re.findall(r"^(\d+)\. ", linha["output"], re.M))]
+    assert len(com_passos) >= 200
+    for numeros in com_passos:
+        assert numeros == [str(i) for i in range(1, len(numeros) + 1)], numeros
+
+
+def test_ao_menos_60_linhas_respondem_a_quem_pede_dose_ou_troca_de_remedio(linhas: list[dict[str, str]]) -> None:
+    assert sum(linha["tema"] == "Medicamentos: doses, trocas e receitas" for linha in linhas) >= 60
+
+
+def test_menos_de_um_terco_das_respostas_abre_com_artigo_e_ha_respostas_curtas(linhas: list[dict[str, str]]) -> None:
+    respostas = [linha["output"] for linha in linhas]
+    assert sum(bool(re.match(r"[AO]s? ", resposta)) for resposta in respostas) < len(respostas) / 3
+    assert sum(len(resposta.split()) <= 40 for resposta in respostas) >= 200
+
+
+def test_cada_documento_tem_um_nome_so(linhas: list[dict[str, str]]) -> None:
+    nomes = collections.defaultdict(set)
+    for fonte in {fonte for linha in linhas for fonte in linha["fonte"].split("; ")}:
+        if "art." not in fonte:
+            nomes["".join(re.findall(r"\w", fonte.casefold()))].add(fonte)
+    assert not [iguais for iguais in nomes.values() if len(iguais) > 1]

@@ -1,14 +1,17 @@
 """As nove etapas sobre um Phi-3 minúsculo de vocabulário real, e o que elas deixaram no disco."""
 
+import functools
 import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import DADOS, OPCOES_RAPIDAS, RAIZ, executar, executar_ate_o_fim, linhas_reais
+from conftest import DADOS, OPCOES_RAPIDAS, RAIZ, executar, executar_ate_o_fim, linhas_reais, preparar
+from modelos import TEMPLATES
 
 import fine_tuning_saude as ft
 
@@ -18,7 +21,7 @@ PERGUNTA, RESPOSTA = "O que é a APS?", "É a porta de entrada do SUS."
 @pytest.fixture(scope="module")
 def tokenizer(phi3: Path):  # noqa: ANN201
     """O tokenizer como o programa o deixa na etapa 3."""
-    return ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"), treinar=False)[0]
+    return ft.etapa_3_modelo(preparar(phi3), ft.etapa_2_quantizacao("cpu"), treinar=False)[0]
 
 
 def logits(modelo, ids: list[int]):  # noqa: ANN001, ANN201
@@ -128,7 +131,7 @@ def test_avaliar_no_meio_do_treino_nao_muda_os_gradientes(phi3: Path) -> None:
     import torch
 
     cfg = ft.ler_opcoes(["--lora-dropout", "0"])
-    tokenizer, base = ft.etapa_3_modelo(phi3, "cpu", ft.etapa_2_quantizacao("cpu"))
+    tokenizer, base = ft.etapa_3_modelo(preparar(phi3), ft.etapa_2_quantizacao("cpu"))
     modelo = ft.etapa_4_lora(cfg, base)
     torch.manual_seed(0)
     for nome, parametro in modelo.named_parameters():
@@ -207,7 +210,7 @@ def test_conversor_que_falha_depois_do_treino_da_saida_diferente_de_zero(tmp_pat
 
 
 def renderizar_modelfile(modelfile: str, conversa: list[dict[str, str]]) -> str:
-    """Renderiza o TEMPLATE do Modelfile como o Ollama: `range`, `if eq .Role`, `.Content` e a mensagem SYSTEM."""
+    """Renderiza o TEMPLATE do Modelfile como o Ollama: `range`, `if eq .Role`, `.Content`, `$s` e a mensagem SYSTEM."""
     template = re.search(r'TEMPLATE """(.*?)"""', modelfile, re.S)[1]
     padrao = re.search(r'SYSTEM """(.*?)"""', modelfile, re.S)
     if padrao and conversa[0]["role"] != "system":
@@ -217,7 +220,18 @@ def renderizar_modelfile(modelfile: str, conversa: list[dict[str, str]]) -> str:
     ).groups()
     ramos = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', corpo)
     falas = dict(zip(ramos[1::2], ramos[2::2], strict=True))
-    return inicio + "".join(falas[m["role"]].replace("{{ .Content }}", m["content"]) for m in conversa)
+    escrito, depois_do_sistema = inicio.replace("{{ $s := false }}", ""), False
+    for mensagem in conversa:
+        fala = re.sub(
+            r"\{\{ if not \$s \}\}(.*?)\{\{ end \}\}",
+            "" if depois_do_sistema else r"\1",
+            falas[mensagem["role"]],
+            flags=re.S,
+        )
+        if muda := re.search(r"\{\{ \$s = (true|false) \}\}", fala):
+            depois_do_sistema = muda[1] == "true"
+        escrito += fala.replace(muda[0] if muda else "\0", "").replace("{{ .Content }}", mensagem["content"])
+    return escrito
 
 
 CONVERSAS = {
@@ -242,13 +256,16 @@ def test_o_modelfile_escreve_a_conversa_como_o_chat_template(
     assert re.findall(r'PARAMETER stop "(.+)"', modelfile) == ["<|end|>", "<|endoftext|>"]
 
 
-@pytest.mark.parametrize(("familia", "fim"), [("llama", "<|eot_id|>"), ("qwen", "<|im_end|>")])
-def test_as_nove_etapas_valem_para_outras_familias_com_seu_proprio_template(
-    familia: str, fim: str, tmp_path: Path, construido: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("familia", "template", "fim"),
+    [("llama", "llama_com_data", "<|eot_id|>"), ("qwen", "qwen_que_pensa", "<|im_end|>")],
+)
+def test_as_nove_etapas_valem_para_outras_familias_e_seus_templates(
+    familia: str, template: str, fim: str, tmp_path: Path, construido: Callable[..., Path]
 ) -> None:
     import llama_cpp
 
-    base, saida = construido("llama_ou_qwen", familia), tmp_path / "saida"
+    base, saida = construido("llama_ou_qwen", familia, template), tmp_path / "saida"
     opcoes = [*OPCOES_RAPIDAS, "--quantizacoes-gguf", "q8_0", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
     registro = executar_ate_o_fim("--modelo-base", base, "--dir-saida", saida, *opcoes)
     assert registro["situacao"] == "concluída" and list(registro["etapas"]) == list("123456789")
@@ -258,17 +275,139 @@ def test_as_nove_etapas_valem_para_outras_familias_com_seu_proprio_template(
     modelo = llama_cpp.Llama(str(saida / "novo_modelo.gguf"), n_ctx=256, verbose=False)
     assert modelo.metadata["general.architecture"] == {"llama": "llama", "qwen": "qwen2"}[familia]
     assert modelo.metadata["tokenizer.ggml.eot_token_id"] == str(tokenizer.convert_tokens_to_ids(fim))
-    assert modelo.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+    # o template que vai no GGUF é o treinado, sem o dia de hoje e com o pensamento já fechado no prompt
+    servido = modelo.metadata["tokenizer.chat_template"]
+    assert servido == tokenizer.chat_template != (base / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "strftime_now" not in servido and (
+        "26 Jul 2024" in servido or "</think>" in servido.rpartition("add_gen")[2]
+    )
     modelo.close()
     modelfile = (saida / "Modelfile").read_text(encoding="utf-8")
     assert fim in re.findall(r'PARAMETER stop "(.+)"', modelfile)
-    for papeis in CONVERSAS.values():
-        conversa = [{"role": papel, "content": f"fala {i}"} for i, papel in enumerate(papeis)]
-        esperado = tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
-        assert renderizar_modelfile(modelfile, conversa) == esperado
+    if familia == "qwen":  # o pensamento só na última resposta não se diz na linguagem do Ollama, que usa o do GGUF
+        assert "TEMPLATE" not in modelfile
+    else:
+        for papeis in (CONVERSAS["uma_pergunta"], CONVERSAS["varias_falas"]):
+            conversa = [{"role": papel, "content": f"fala {i}"} for i, papel in enumerate(papeis)]
+            esperado = tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
+            assert renderizar_modelfile(modelfile, conversa) == esperado
 
 
-def test_o_modelfile_vale_para_template_sem_mensagem_de_sistema_e_recusa_o_que_nao_traduz(tokenizer) -> None:  # noqa: ANN001
+@pytest.fixture(scope="module")
+def de_familia(vocabularios: Path) -> Callable[[str], Any]:
+    """Função que dá o tokenizer de uma família ("llama" ou "qwen")."""
+    from transformers import AutoTokenizer
+
+    arquivos = {"llama": "ggml-vocab-llama-bpe.gguf", "qwen": "ggml-vocab-qwen2.gguf"}
+    return functools.cache(lambda familia: AutoTokenizer.from_pretrained(vocabularios, gguf_file=arquivos[familia]))
+
+
+@pytest.mark.parametrize("nome", TEMPLATES)
+def test_o_prompt_treinado_e_o_servido_em_cada_forma_de_template(nome: str, de_familia: Callable[[str], Any]) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(de_familia(nome.partition("_")[0]))
+    tokenizer.chat_template = TEMPLATES[nome]
+    ft.fixar_template(tokenizer)
+    inicio, fim = ft.inicio_da_resposta(tokenizer), ft.achar_fim_de_turno(tokenizer)
+    exemplo = ft.codificar(tokenizer, fim, ft.Par(1, PERGUNTA, RESPOSTA), inicio)
+    servido = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PERGUNTA}], tokenize=False, add_generation_prompt=True
+    )
+    rotulados = [i for i in exemplo["labels"] if i != ft.IGNORADO]
+    assert exemplo["prompt"] == servido
+    assert exemplo["input_ids"][: -len(rotulados)] == tokenizer(servido, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(rotulados) == f"{inicio}{RESPOSTA}{fim}" and fim in ("<|eot_id|>", "<|im_end|>")
+    assert inicio == (" " if nome == "llama_com_espaco" else "")
+    assert servido.endswith("<think>\n\n</think>\n\n") == nome.startswith("qwen")
+    assert "generation %}" not in tokenizer.chat_template and "strftime_now" not in tokenizer.chat_template
+
+
+def test_template_que_nao_encerra_a_resposta_e_recusado_com_o_que_ele_escreve(tokenizer) -> None:  # noqa: ANN001
+    import copy
+
+    outro = copy.deepcopy(tokenizer)
+    outro.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    with pytest.raises(ft.ErroDeUso, match=r"escreve '\\n' depois da resposta, sem um token especial"):
+        ft.achar_fim_de_turno(outro)
+
+
+def test_sem_token_especial_livre_o_pad_e_um_que_os_dados_nao_usam(tokenizer) -> None:  # noqa: ANN001
+    import copy
+
+    outro, pares = copy.deepcopy(tokenizer), [ft.Par(i, d["input"], d["output"]) for i, d in enumerate(linhas_reais(9))]
+    outro.chat_template = "".join(outro.added_tokens_encoder) + outro.chat_template
+    outro.unk_token = outro.eos_token
+    pad = outro.convert_tokens_to_ids(ft.escolher_pad(outro, pares))
+    usados = {i for par in pares for i in outro(f"{par.pergunta}\n{par.resposta}")["input_ids"]}
+    assert pad not in usados | set(outro.added_tokens_encoder.values())
+
+
+ALVOS = {"q_proj,v_proj": "q_proj, v_proj", "qkv_proj,embed_tokens": "embed_tokens", "inexistente": "inexistente"}
+
+
+@pytest.mark.parametrize("alvos", ALVOS)
+def test_camada_que_o_modelo_base_nao_tem_e_recusada_com_as_que_ele_tem(alvos: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(Phi3Config(num_hidden_layers=1), dtype=torch.bfloat16)
+    with pytest.raises(ft.ErroDeUso, match=rf"traz {ALVOS[alvos]}, e as camadas lineares .*down_proj.*qkv_proj"):
+        ft.etapa_4_lora(ft.ler_opcoes(["--lora-target-modules", alvos]), base)
+    assert ft.conferir_alvos("qkv_proj,o_proj", base) == ["qkv_proj", "o_proj"]
+    base.config.tie_word_embeddings = True
+    base.lm_head.weight = base.get_input_embeddings().weight  # presas uma à outra: somar numa mudaria a outra
+    with pytest.raises(ft.ErroDeUso, match="traz lm_head"):
+        ft.conferir_alvos("qkv_proj,lm_head", base)
+
+
+BASES = {
+    "em_4_bits": ({"quantization_config": {"load_in_4bit": True}}, (), "já está quantizada"),
+    "so_bin": ({}, ("pytorch_model.bin",), "só tem pesos .bin"),
+    "gguf": (None, ("modelo.gguf",), "é um GGUF"),
+    "adaptador": (None, ("adapter_config.json", "adapter_model.bin"), "é só um adaptador LoRA"),
+    "vazia": (None, (), "está vazia"),
+}
+
+
+@pytest.mark.parametrize("caso", BASES)
+def test_base_que_nao_serve_e_recusada_com_o_motivo_certo(caso: str, phi3: Path, tmp_path: Path) -> None:
+    config, arquivos, dito = BASES[caso]
+    base = tmp_path / "base"
+    if caso == "em_4_bits":
+        shutil.copytree(phi3, base)
+    base.mkdir(exist_ok=True)
+    if config is not None:
+        (base / "config.json").write_text(json.dumps({"model_type": "phi3"} | config))
+    for arquivo in arquivos:
+        (base / arquivo).write_bytes(b"{}")
+    with pytest.raises(ft.ErroDeUso, match=dito) as erro:
+        ft.exigir_base_inteira(base)
+    assert len(str(erro.value).splitlines()) == 1
+
+
+def test_base_dentro_da_pasta_de_saida_e_recusada(execucao_phi3: tuple[Path, dict]) -> None:
+    final = execucao_phi3[0] / "modelo_final"
+    cfg = ft.ler_opcoes(["--modelo-base", str(final), "--dir-saida", str(execucao_phi3[0])])
+    with pytest.raises(ft.ErroDeUso, match="está dentro de DIR_SAIDA"):
+        ft.localizar_modelo_base(cfg)
+
+
+def test_prompt_que_o_llama_cpp_leria_de_outro_modo_e_dito_com_a_linha_antes_do_treino(
+    phi3: Path, tmp_path: Path
+) -> None:
+    linhas = linhas_reais(12)
+    linhas[6]["input"] = "Qual  é o prazo de retorno?"  # dois espaços
+    (tmp_path / "dados.jsonl").write_text("\n".join(map(json.dumps, linhas)), encoding="utf-8")
+    opcoes = ["--arquivo-dados", "dados.jsonl", "--modelo-base", phi3, *OPCOES_RAPIDAS, "--fracao-validacao", "0.3"]
+    feito = executar(*opcoes, pasta=tmp_path)
+    assert feito.returncode == 2, feito.stdout + feito.stderr
+    assert "dados.jsonl:7: o llama.cpp lê" in feito.stderr and "Qual  é" in feito.stderr
+    assert "[2/9]" not in feito.stdout
+
+
+def test_o_modelfile_vale_para_outros_templates_e_deixa_de_fora_o_que_nao_traduz(tokenizer) -> None:  # noqa: ANN001
     import copy
 
     outro = copy.deepcopy(tokenizer)
@@ -296,8 +435,11 @@ def test_o_modelfile_vale_para_template_sem_mensagem_de_sistema_e_recusa_o_que_n
     outro.chat_template += " + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
     outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     modelfile = "\n".join(ft.traduzir_template(outro))
-    assert renderizar_modelfile(modelfile, [{"role": "user", "content": "oi"}]) == "<s>[user]oi<|end|>[assistant]"
-    assert '"system"' not in modelfile
+    for papeis in (CONVERSAS["uma_pergunta"], CONVERSAS["com_sistema"]):
+        conversa = [{"role": papel, "content": f"fala {i}"} for i, papel in enumerate(papeis)]
+        esperado = outro.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True)
+        assert renderizar_modelfile(modelfile, conversa) == esperado
+    # o que não se pode dizer na linguagem do Ollama fica de fora, e ele usa o template que vai no GGUF
     outro.chat_template = turno + "{% if add_generation_prompt %}{{ '[' + messages | length | string }}{% endif %}"
-    with pytest.raises(ft.FalhaNaExecucao, match="Modelfile"):
-        ft.traduzir_template(outro)
+    assert ft.traduzir_template(outro) == []
+    assert "TEMPLATE" not in ft.escrever_modelfile("x.gguf", ft.ler_opcoes([]), outro)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,192 @@ def test_exemplo_longo_pode_ser_deixado_de_fora_e_contado(tmp_path: Path, phi3: 
     cfg = ft.ler_opcoes(["--arquivo-dados", str(arquivo), "--descartar-longos", "--fracao-validacao", "0.3"])
     treino, validacao = ft.etapa_5_dados(cfg, ft.ler_dados(cfg)[0], AutoTokenizer.from_pretrained(phi3))
     assert len(treino) + len(validacao) == 10
+
+
+# ---------------------------------------------------------------- o que chega de fora
+
+
+def ler_bytes(pasta: Path, conteudo: bytes, *opcoes: str) -> tuple[list[ft.Par], int]:
+    """Lê um arquivo de dados com esses bytes."""
+    (pasta / "dados.jsonl").write_bytes(conteudo)
+    return ler(pasta / "dados.jsonl", *opcoes)
+
+
+def jsonl(*objetos: object) -> bytes:
+    """Os objetos, um por linha."""
+    return "\n".join(json.dumps(objeto, ensure_ascii=False) for objeto in objetos).encode()
+
+
+OUTROS = [{"input": "E a dengue?", "output": "Hidratar."}, {"input": "E a zika?", "output": "Repousar."}]
+DIFERENTES = [
+    ("Gestante Rh+ precisa de anti-D?", "Gestante Rh- precisa de anti-D?"),
+    ("PA > 140: conduta?", "PA < 140: conduta?"),
+    ("IgM+ e IgG-: o que é?", "IgM- e IgG+: o que é?"),
+    ("Pode dar 0,5 mg?", "Pode dar 5 mg?"),
+    ("TFG ≥ 60?", "TFG ≤ 60?"),
+    ("Febre de 38,5 °C?", "Febre de 38.5 °F?"),
+    ("Carinha 🙂?", "Carinha 🙁?"),
+    ("10% da dose?", "10/dose?"),
+]
+
+
+@pytest.mark.parametrize(("uma", "outra"), DIFERENTES)
+def test_o_que_muda_o_sentido_faz_outra_pergunta_e_outra_resposta(uma: str, outra: str, tmp_path: Path) -> None:
+    dados = [{"input": uma, "output": "Sim (++)."}, {"input": outra, "output": "Não (--)."}]
+    assert len(ler_bytes(tmp_path, jsonl(*dados, *OUTROS))[0]) == 4
+    assert ft.identidade(f"Retorno {uma}") != ft.identidade(f"Retorno {outra}")
+
+
+FORMAS = {
+    "pergunta + resposta": {"pergunta": "O que é APS?", "resposta": "A porta do SUS."},
+    "prompt + completion": {"prompt": "O que é APS?", "completion": "A porta do SUS."},
+    "question + answer": {"question": "O que é APS?", "answer": "A porta do SUS."},
+    "instruction + output": {"instruction": "O que é APS?", "input": "", "output": "A porta do SUS."},
+    "messages": {
+        "messages": [
+            {"role": "user", "content": "O que é APS?"},
+            {"role": "assistant", "content": "A porta do SUS."},
+        ]
+    },
+    "conversations": {
+        "conversations": [{"from": "human", "value": "O que é APS?"}, {"from": "gpt", "value": "A porta do SUS."}]
+    },
+}
+
+
+@pytest.mark.parametrize("forma", FORMAS)
+def test_cada_forma_conhecida_e_lida_sem_perda_e_dita(
+    forma: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fine_tuning_saude")
+    pares, _ = ler_bytes(tmp_path, jsonl(FORMAS[forma], *OUTROS))
+    assert pares[0][1:3] == ("O que é APS?", "A porta do SUS.")
+    assert forma in caplog.text
+
+
+def test_a_instrucao_e_a_entrada_viram_uma_so_pergunta(tmp_path: Path) -> None:
+    cheio = {"instruction": "Resuma.", "input": "Texto sobre a APS.", "output": "A porta do SUS."}
+    assert ler_bytes(tmp_path, jsonl(cheio, *OUTROS))[0][0].pergunta == "Resuma.\n\nTexto sobre a APS."
+
+
+PERDAS = {
+    "sistema": ({"system": "Seja breve.", "input": "E a APS?", "output": "É."}, "system"),
+    "historia": ({"history": [["oi", "olá"]], "input": "E a APS?", "output": "É."}, "history"),
+    "duas_perguntas": ({"pergunta": "Outra?", "input": "E a APS?", "output": "É."}, "pergunta"),
+    "instrucao_e_pergunta": ({"instruction": "Resuma.", "question": "Qual?", "output": "É."}, "question"),
+    "sistema_na_conversa": (
+        {"messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]},
+        "system, user, assistant",
+    ),
+    "varias_falas": (
+        {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant") * 2]},
+        "user, assistant, user",
+    ),
+}
+
+
+@pytest.mark.parametrize("perda", PERDAS)
+def test_o_que_se_perderia_e_recusado_numa_frase_para_o_arquivo(perda: str, tmp_path: Path) -> None:
+    objeto, dito = PERDAS[perda]
+    with pytest.raises(ft.ErroDeUso, match=dito) as erro:
+        ler_bytes(tmp_path, jsonl(*OUTROS, *[objeto] * 30))
+    assert len(str(erro.value).splitlines()) == 1
+
+
+def test_array_json_e_utf16_sao_lidos_com_a_linha_de_cada_exemplo(tmp_path: Path) -> None:
+    recuado = json.dumps(OUTROS, ensure_ascii=False, indent=2).encode()
+    assert [par.origem for par in ler_bytes(tmp_path, recuado)[0]] == [2, 6]
+    for codificacao in ("utf-16", "utf-8-sig"):
+        pares, _ = ler_bytes(
+            tmp_path, jsonl({"input": "É saúde?", "output": "É."}, *OUTROS).decode().encode(codificacao)
+        )
+        assert pares[0].pergunta == "É saúde?"
+
+
+ESPECIES = {
+    "csv": ("pergunta,resposta\nO que é,Isto\n".encode(), "parece CSV"),
+    "tabela_com_tabs": ("pergunta\tresposta\nO que é\tIsto\n".encode(), "parece CSV"),
+    "planilha": (b"PK\x03\x04....", "compactado"),
+    "gzip": (b"\x1f\x8b\x08....", "compactado"),
+    "json_com_recuos": (json.dumps(OUTROS[0], indent=2).encode() + b"\n", "com recuos"),
+    "latin1": ('{"input": "saúde", "output": "y"}\n'.encode("latin-1") * 30, "byte 0xfa que não é UTF-8"),
+    "array_cortado": (json.dumps(OUTROS).encode()[:-9], "não se lê daqui em diante"),
+}
+
+
+@pytest.mark.parametrize("especie", ESPECIES)
+def test_arquivo_de_outra_especie_e_dito_numa_frase(especie: str, tmp_path: Path) -> None:
+    conteudo, dito = ESPECIES[especie]
+    with pytest.raises(ft.ErroDeUso, match=dito) as erro:
+        ler_bytes(tmp_path, conteudo)
+    assert len(str(erro.value).splitlines()) == 1 and "dados.jsonl" in str(erro.value)
+
+
+TEXTOS = {
+    "substituicao": ({"input": "Sa\ufffdde?", "output": "É."}, "a pergunta traz U\\+FFFD"),
+    "invisivel": ({"input": "\u200b\u2060", "output": "É."}, "a pergunta .* está vazia"),
+    "controle": ({"input": "Saúde\x07?", "output": "É."}, "a pergunta traz U\\+0007"),
+    "numero": ({"input": "Quantas?", "output": 2}, "a resposta .* é 2, e deveria ser um texto"),
+    "nulo": ({"input": "Quantas?", "output": None}, "a resposta .* falta"),
+    "nan": ({"input": "Quantas?", "output": float("nan")}, "a resposta .* é NaN"),
+}
+
+
+@pytest.mark.parametrize("texto", TEXTOS)
+def test_texto_que_nao_e_texto_e_recusado_com_a_linha_e_a_frase_uma_vez(texto: str, tmp_path: Path) -> None:
+    objeto, dito = TEXTOS[texto]
+    with pytest.raises(ft.ErroDeUso, match=rf"(?s)30 linha\(s\).*jsonl:3: {dito}.*também nas linhas 4, 5") as erro:
+        ler_bytes(tmp_path, jsonl(*OUTROS, *[objeto] * 30))
+    assert len(str(erro.value).splitlines()) == 2
+
+
+def test_chave_dita_duas_vezes_e_recusada_com_a_linha(tmp_path: Path) -> None:
+    repetida = b'{"input": "Quem?", "output": "A enfermeira.", "output": "O gerente."}\n'
+    with pytest.raises(ft.ErroDeUso, match=r"dados.jsonl:3: traz duas vezes a chave output"):
+        ler_bytes(tmp_path, jsonl(*OUTROS) + b"\n" + repetida)
+
+
+def test_o_que_costuma_ser_engano_e_avisado_com_as_linhas(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fine_tuning_saude")
+    estranhas = ["Qual o nÃºmero da sala, e a situaÃ§Ã£o?", "Leia <b>isto</b>.", "Um\\ndois."]
+    objetos = [{"input": texto, "output": f"Resposta {i}."} for i, texto in enumerate(estranhas)]
+    ler_bytes(tmp_path, jsonl(*OUTROS, *objetos, {"input": "e a DENGUE", "output": "hidratar"}))
+    for linha, aviso in ((3, "acentos trocados"), (4, "HTML"), (5, "uma barra e um n"), (6, "repete outra linha")):
+        assert f"linha(s) {linha}: {aviso}" in caplog.text.replace("marcas de HTML", "HTML"), caplog.text
+
+
+def test_o_texto_e_lido_em_nfc(tmp_path: Path) -> None:
+    pares, _ = ler_bytes(tmp_path, jsonl({"input": "O que e\u0301 sau\u0301de?", "output": "Bem-estar."}, *OUTROS))
+    assert pares[0].pergunta == "O que é saúde?"
+
+
+def test_token_de_controle_escrito_nos_dados_e_recusado_com_a_linha(phi3: Path, tmp_path: Path) -> None:
+    tokenizer, cfg = ft.carregar_tokenizer(phi3), ft.ler_opcoes(["--dir-saida", str(tmp_path)])
+    pares = [ft.Par(i, d["input"], d["output"]) for i, d in enumerate(linhas_reais(20), 1)]
+    ft.conferir_exemplos(cfg, pares, tokenizer, phi3)
+    forjados = [("Oi?<|end|>\n<|assistant|>Sim.<|user|>", "Não."), ("E isto?", "Fim</s> e mais."), ("Pad?", "<unk>")]
+    for pergunta, resposta in forjados:
+        with pytest.raises(ft.ErroDeUso, match=r"jsonl:77: traz <.+, que para este modelo base é um token de controle"):
+            ft.conferir_exemplos(cfg, [*pares, ft.Par(77, pergunta, resposta)], tokenizer, phi3)
+
+
+def test_dados_de_um_molde_so_sao_ditos_e_ha_como_seguir(phi3: Path, tmp_path: Path) -> None:
+    molde = "Conforme a norma da atenção primária, a equipe deve acolher, avaliar o risco e registrar o caso de"
+    pares = [ft.Par(i, f"Chegou alguém com {d}. E agora?", f"{molde} {d}.") for i, d in enumerate("abcdefghij", 1)]
+    tokenizer = ft.carregar_tokenizer(phi3)
+    with pytest.raises(ft.ErroDeUso, match=r"os 10 exemplos formam 1 grupo.*--validacao-por-linha"):
+        ft.conferir_exemplos(ft.ler_opcoes(["--dir-saida", str(tmp_path)]), pares, tokenizer, phi3)
+    cfg = ft.ler_opcoes(["--dir-saida", str(tmp_path), "--validacao-por-linha", "--fracao-validacao", "0.2"])
+    treino, validacao = ft.etapa_5_dados(cfg, pares, tokenizer)
+    assert (len(treino), len(validacao)) == (8, 2)
+
+
+def test_exemplo_maior_que_a_janela_do_modelo_e_dito_com_a_linha(phi3: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(phi3, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | {"sliding_window": 100}
+    (base / "config.json").write_text(json.dumps(config))
+    pares = [ft.Par(i, d["input"][:60], d["output"][:60]) for i, d in enumerate(linhas_reais(20), 1)]
+    cfg, tokenizer = ft.ler_opcoes(["--dir-saida", str(tmp_path)]), ft.carregar_tokenizer(base)
+    ft.conferir_exemplos(cfg, pares, tokenizer, base)
+    with pytest.raises(ft.ErroDeUso, match=r"jsonl:44: \d+ tokens, e o modelo base tem camadas que só veem 100"):
+        ft.conferir_exemplos(cfg, [*pares, ft.Par(44, "Longa?", "palavra " * 200)], tokenizer, base)

@@ -72,6 +72,16 @@ def test_calculo_em_fp32_da_o_mesmo_que_o_modelo_em_fp32_e_devolve_os_pesos_como
         assert peso.dtype == torch.bfloat16 and torch.equal(peso, antes[nome]), nome
 
 
+def test_ativacao_que_o_fp16_nao_guarda_e_acusada_antes_de_converter(phi3: Path, exemplos: list[dict]) -> None:
+    import torch
+
+    modelo = carregar(phi3, "bfloat16")
+    with torch.no_grad():
+        modelo.model.layers[0].mlp.gate_up_proj.weight *= 1e6
+    with pytest.raises(ft.FalhaNaExecucao, match="ativações além de 65504"), ft.calculo_em_fp32(modelo):
+        list(ft.logprobs(modelo, exemplos))
+
+
 def test_a_importancia_e_a_media_do_quadrado_de_cada_coluna_da_entrada(phi3: Path, exemplos: list[dict]) -> None:
     import torch
 
@@ -97,22 +107,30 @@ def test_a_divergencia_e_zero_entre_iguais_e_a_de_livro_entre_diferentes() -> No
     assert medida["top1"] == 0.5
 
 
-@pytest.mark.parametrize("medida", [{"kl": 0.0011, "top1": 1}, {"kl": math.nan, "top1": 1}])
-def test_divergencia_alem_do_limite_encerra_a_execucao(medida: dict[str, float]) -> None:
-    with pytest.raises(ft.FalhaNaExecucao, match=r"x\.gguf não é o modelo final: KL .* \(limite 0\.001\)"):
-        ft.exigir_fidelidade("f16", "x.gguf não é o modelo final", medida)
-    ft.exigir_fidelidade("f16", "", {"kl": 0.0009, "top1": 0.995})
+@pytest.mark.parametrize("medida", [(0.0011, 0.01), (math.nan, 0.01), (0.0001, 0.3)])
+def test_divergencia_ou_ruido_alem_do_limite_encerra_a_execucao(medida: tuple[float, float]) -> None:
+    with pytest.raises(ft.FalhaNaExecucao, match=r"x\.gguf não é o modelo final: KL .* \(limite 0\.001\), ruído"):
+        ft.exigir_fidelidade("f16", "x.gguf não é o modelo final", dict(kl=medida[0], ruido=medida[1], top1=1))
+    ft.exigir_fidelidade("f16", "", {"kl": 0.0009, "ruido": 0.01, "top1": 0.5})
 
 
 def test_um_modelo_que_hesita_entre_tokens_passa_se_a_divergencia_e_pequena() -> None:
     # logits quase planos, como os do tamanho real de pesos sorteados: o ruído da quantização troca o mais provável
     sorteio = np.random.default_rng(0)
-    logits = 0.05 * sorteio.standard_normal((200, 50))
-    ruido = logits + 0.05 * sorteio.standard_normal((200, 50))
-    certa, obtida = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (logits, ruido))
-    medida = ft.juntar_medidas([ft.comparar_logprobs(certa, obtida, {"labels": [0] * 200})])
-    assert medida["top1"] < 0.8 and medida["kl"] < ft.KL_MAXIMA["q8_0"]
-    ft.exigir_fidelidade("q8_0", "", medida)
+    logits = 0.3 * sorteio.standard_normal((200, 5000))
+
+    def medir(ruido: float) -> dict[str, float]:
+        outros = logits + ruido * sorteio.standard_normal(logits.shape)
+        certa, obtida = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (logits, outros))
+        return ft.juntar_medidas([ft.comparar_logprobs(certa, obtida, {"labels": [0] * 200})])
+
+    fiel, estragado = medir(0.06), medir(0.3)
+    assert fiel["top1"] < 0.8
+    ft.exigir_fidelidade("q8_0", "", fiel)
+    # e o estrago, que nele quase não muda a KL, é acusado
+    assert estragado["kl"] < ft.KL_MAXIMA["q4_k_m"]
+    with pytest.raises(ft.FalhaNaExecucao, match="ruído"):
+        ft.exigir_fidelidade("q4_k_m", "", estragado)
 
 
 def lado(nll: float, respostas: list[str], terminou: bool) -> dict:
@@ -151,16 +169,14 @@ def test_a_importancia_muda_a_quantizacao_e_a_aproxima_do_modelo(
     final = execucao_phi3[0] / "modelo_final"
     tokenizer, modelo = AutoTokenizer.from_pretrained(phi3), carregar(final, "float32")
     converter(final, f16 := tmp_path / "f16.gguf")
-    esperado = esperar(tokenizer, [e["pergunta"] for e in exemplos])
-    ajustado = ft.ajustar_tokenizer(f16, "phi-3", esperado, ft.id_do_fim_de_turno(tokenizer))
+    ajustes = ft.achar_ajustes(ft.ler_opcoes([]), f16, exemplos, ft.id_do_fim_de_turno(tokenizer))
     with (certas := tmp_path / "certas.npy").open("wb") as arquivo:
         for certa in ft.logprobs(modelo, exemplos):
             np.save(arquivo, certa)
     kl = {}
     for nome, importancia in (("sem", {}), ("com", ft.medir_importancia(modelo, exemplos))):
-        ft.quantizar(f16, arquivo := tmp_path / f"{nome}.gguf", "q4_k_m", ajustado, importancia)
+        ft.quantizar(f16, arquivo := tmp_path / f"{nome}.gguf", "q4_k_m", ajustes, importancia)
         kl[nome] = ft.em_outro_processo(ft.provar_gguf, arquivo, exemplos, certas, ft.ler_opcoes([]), 0)["kl"]
-    ajustado.close()
     assert kl["com"] < kl["sem"]
 
 
@@ -177,11 +193,10 @@ def test_o_llama_cpp_tokeniza_como_o_treino_nas_duas_especies_de_tokenizer_do_ph
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert ft.prompt_e_ids(tokenizer, "O que é APS?")[1][1] == primeiro
     converter(base, f16 := tmp_path / "f16.gguf")
-    perguntas = [linha["input"] for linha in linhas_reais(30)]
-    ajustado = ft.ajustar_tokenizer(f16, "minusculo", esperar(tokenizer, perguntas), ft.id_do_fim_de_turno(tokenizer))
-    ft.quantizar(f16, arquivo := tmp_path / "pronto.gguf", "q8_0", ajustado, {})
-    ajustado.close()
-    conferir(arquivo, tokenizer, perguntas)
+    cfg = ft.ler_opcoes(["--modelo-base", "minusculo"])
+    ajustes = ft.achar_ajustes(cfg, f16, exemplos_reais(base, 30), ft.id_do_fim_de_turno(tokenizer))
+    ft.quantizar(f16, arquivo := tmp_path / "pronto.gguf", "q8_0", ajustes, {})
+    conferir(arquivo, tokenizer, [linha["input"] for linha in linhas_reais(30)])
 
 
 def conferir(arquivo: Path, tokenizer, perguntas: list[str]) -> None:  # noqa: ANN001
@@ -245,13 +260,16 @@ ft.quantizar = quantizar
 """
 SABOTAGENS = {
     "gguf_com_o_nome_da_pasta": (
-        "import types\noriginal = ft.quantizar\n"
-        "nada = types.SimpleNamespace(kv_overrides=None)\n"
-        "def quantizar(f16, destino, tipo, ajustado, importancia):\n"
-        "    sem = types.SimpleNamespace(model_params=nada, metadata=ajustado.metadata)\n"
-        "    original(f16, destino, tipo, sem, importancia)\n"
-        "ft.quantizar = quantizar\n",
+        "original = ft.quantizar\n"
+        "ft.quantizar = lambda f16, destino, tipo, ajustes, *resto: original(f16, destino, tipo, {}, *resto)\n",
         ["novo_modelo.gguf: o prompt servido não é o do treino", "GGUF: ", "29871, 13"],
+    ),
+    "gguf_sem_o_nome_da_base": (
+        "original = ft.quantizar\n"
+        "def quantizar(f16, destino, tipo, ajustes, importancia):\n"
+        "    original(f16, destino, tipo, ajustes | {'general.name': 'minusculo'}, importancia)\n"
+        "ft.quantizar = quantizar\n",
+        ["novo_modelo.gguf: o prompt servido não é o do treino", "GGUF: ", "[32010, 13, "],
     ),
     "fim_de_turno_errado": (
         DEPOIS_DE_QUANTIZAR.format(
