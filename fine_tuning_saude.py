@@ -181,9 +181,7 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         if registro.ultima_pronta < 8:
             etapa_8_merge(cfg, preparo.dir_base, tokenizer, exemplos_prova, amostra)
     with registro.etapa(9, "GGUF"):
-        prompts = prompts_treinados(validacao) + prompts_treinados(
-            treino.select(range(min(AMOSTRA_PROMPTS, len(treino))))
-        )
+        prompts = prompts_treinados(validacao) + prompts_treinados(treino.take(min(AMOSTRA_PROMPTS, len(treino))))
         registro.campos |= etapa_9_gguf(cfg, preparo, tokenizer, prompts, exemplos_prova)
         escrever_cartao(cfg, registro.campos, exemplos_prova)
         registro.campos |= dict(situacao="concluída", perguntas_da_prova=len(exemplos_prova))
@@ -1046,8 +1044,6 @@ def exigir_base_inteira(pasta: Path) -> Path:
         falta = next((dito for padrao, dito in especies.items() if any(pasta.glob(padrao))), "está vazia")
     elif "quantization_config" in config:
         falta = "já está quantizada, e o merge pede os pesos de 16 bits: use o modelo original"
-    elif "auto_map" in config and not (pasta / "tokenizer.json").is_file():
-        falta = "pede código próprio, que este programa não executa: use um modelo que o transformers conheça"
     if falta:
         raise ErroDeUso(f"a pasta {pasta} não serve como modelo base: {falta}.")
     return pasta
@@ -1066,8 +1062,11 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
         config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False)
         parametros, otimizador, memoria = estimar_memoria(cfg, config, dispositivo)
     except (ValueError, KeyError, AttributeError, RuntimeError) as erro:
-        motivo = str(erro).splitlines()[0] if str(erro) else type(erro).__name__
-        raise ErroDeUso(f"{dir_base} não é um modelo de linguagem que este programa treine: {motivo}") from erro
+        tipo = json.loads((dir_base / "config.json").read_bytes()).get("model_type")
+        raise ErroDeUso(
+            f"{dir_base} não é um modelo de linguagem que este programa treine (o config.json diz {tipo!r}): use um "
+            "que o transformers instalado conheça sem código próprio."
+        ) from erro
     ram, saida = psutil.virtual_memory(), Path(cfg.DIR_SAIDA)
     na_maquina = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processos que dividem a RAM
     livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else ram.available // na_maquina
@@ -1179,12 +1178,12 @@ def fixar_template(tokenizer: PreTrainedTokenizerBase) -> None:
     A data passa a ser DATA_DO_TEMPLATE. Os modelos que pensam (Qwen3, R1) respondem sem pensar: o bloco que o template
     põe vazio antes de uma resposta pronta passa a fazer parte do prompt.
     """
-    template = re.sub(
-        r"(\{%-?\s*)(end)?generation\b", lambda m: m[1] + ("endif" if m[2] else "if true"), tokenizer.chat_template
-    )
-    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""", lambda m: repr(DATA_DO_TEMPLATE.strftime(m[2])), template)
-    if template != tokenizer.chat_template and "strftime_now" in tokenizer.chat_template:
+    template = re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", tokenizer.chat_template)
+    template = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template)
+    if "strftime_now(" in template:
         log.info("      o chat template escreve a data de hoje: fica sempre %s", DATA_DO_TEMPLATE)
+        data = r"""strftime_now\((['"])(.*?)\1\)"""
+        template = re.sub(data, lambda achado: repr(DATA_DO_TEMPLATE.strftime(achado[2])), template)
     if "enable_thinking" in template:
         template = "{%- set enable_thinking = false %}" + template
     tokenizer.chat_template = template
@@ -1194,8 +1193,11 @@ def fixar_template(tokenizer: PreTrainedTokenizerBase) -> None:
         pensamento = "\n</think>\n\n"
     if pensamento.strip():
         tokenizer.chat_template += "{%- if add_generation_prompt %}{{- " + repr(pensamento) + " }}{%- endif %}"
-    if texto_do_prompt(tokenizer, "pergunta") != prompt + (pensamento if pensamento.strip() else ""):
-        raise ErroDeUso("o chat template do modelo base muda o que se acrescenta ao fim dele, e não se pode fixar.")
+    fixado = prompt + (pensamento if pensamento.strip() else "")
+    if "strftime_now(" in template or texto_do_prompt(tokenizer, "pergunta") != fixado:
+        raise ErroDeUso(
+            "o chat template do modelo base não se deixa fixar: mudaria de um dia, ou de uma fala, para outro."
+        )
     if pensamento.strip() or "enable_thinking" in template:
         log.info("      o modelo base sabe pensar antes de responder: aqui se treina e se serve sem pensamento")
 
@@ -1266,14 +1268,14 @@ def tipo_de_calculo(dispositivo: str) -> torch.dtype:
     return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
-def menor_janela(dir_base: Path) -> float:
-    """Quantos tokens vê a camada do modelo base que menos vê de cada vez; sem janela, infinito."""
+def limites_da_base(dir_base: Path) -> tuple[float, int]:
+    """Os tokens que vê a camada que menos vê de cada vez (sem janela, infinito), e os que têm linha nos embeddings."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False).get_text_config()
     tipos = getattr(config, "layer_types", None) or ["sliding_attention"]
     janela = getattr(config, "sliding_window", None) if any("sliding" in tipo for tipo in tipos) else None
-    return janela or math.inf
+    return janela or math.inf, config.vocab_size
 
 
 def conferir_alvos(alvos: str, modelo: PreTrainedModel) -> list[str] | str:
@@ -1344,12 +1346,14 @@ def conferir_exemplos(
             problemas[f"traz {token}, que para este modelo base é um token de controle; reescreva-o"].append(par.origem)
     if problemas:
         listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", arquivo, problemas)
-    exemplos, janela = codificar_dados(cfg, pares, tokenizer), menor_janela(dir_base)
+    exemplos, (janela, com_linha) = codificar_dados(cfg, pares, tokenizer), limites_da_base(dir_base)
+    if sem_linha := {i for ids in exemplos["input_ids"] for i in ids if i >= com_linha}:
+        sem = ", ".join(tokenizer.convert_ids_to_tokens(sorted(sem_linha)))
+        raise ErroDeUso(f"o modelo base {dir_base} não tem linha nos embeddings para {sem}, que o tokenizer dele usa.")
     for tokens, origem in sorted(zip(exemplos["tokens"][:], exemplos["origem"][:], strict=True)):
         if tokens > cfg.MAX_LENGTH and not cfg.DESCARTAR_LONGOS:
-            problemas[f"{tokens} tokens, mais que MAX_LENGTH, {cfg.MAX_LENGTH}: encurte o exemplo ou aumente-o"].append(
-                origem
-            )
+            dito = f"{tokens} tokens, mais que MAX_LENGTH, {cfg.MAX_LENGTH}: encurte o exemplo ou aumente-o"
+            problemas[dito].append(origem)
         elif cfg.MAX_LENGTH >= tokens > janela:
             problemas[f"{tokens} tokens, e o modelo base tem camadas que só veem {janela}: encurte-o"].append(origem)
     if problemas:
@@ -1409,9 +1413,7 @@ def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par, inicio: st
     prompt, ids_prompt = prompt_e_ids(tokenizer, par.pergunta)
     ids = tokenizer(prompt + inicio + par.resposta + fim, add_special_tokens=False)["input_ids"]
     if ids[: len(ids_prompt)] != ids_prompt:  # o que se treina não seria o que se serve
-        raise ErroDeUso(
-            f"linha {par.origem}: o tokenizer deste modelo base funde o fim do prompt com o começo da resposta."
-        )
+        raise ErroDeUso(f"linha {par.origem} dos dados: o tokenizer do modelo base funde o prompt com a resposta.")
     rotulos = [IGNORADO] * len(ids_prompt) + ids[len(ids_prompt) :]
     return {"prompt": prompt, "input_ids": ids, "labels": rotulos}
 

@@ -1,5 +1,6 @@
 """O que se responde a quem erra: uma frase clara, o lugar, o que fazer, e nada escrito."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -250,6 +251,24 @@ def test_tipo_de_mistura_de_especialistas_e_recusado_antes_do_treino(tmp_path: P
     feito = executar("--demo", "--quantizacoes-gguf", "q8_0", "mxfp4_moe", "--arquivo-dados", DADOS, pasta=tmp_path)
     assert feito.returncode == 2
     assert "mxfp4_moe só" in feito.stderr and not list(tmp_path.iterdir())
+
+
+def test_o_que_demora_se_ve_andar_num_terminal_e_fora_dele_diz_quanto_levou(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import fine_tuning_saude as ft
+
+    caplog.set_level("INFO", "fine_tuning_saude")
+    with ft.andamento("rapidez"):
+        pass
+    assert "rapidez: 0.0 s" in caplog.text
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with ft.andamento("demora"):
+        while "demora: 1 s até aqui" not in terminal.getvalue():
+            time.sleep(0.05)
+    assert terminal.getvalue().endswith("\r"), "a linha se apaga no fim"
 
 
 def test_help_sai_em_um_segundo_e_mostra_toda_constante() -> None:
