@@ -1,11 +1,13 @@
 """O que se responde a quem erra: uma frase clara, o lugar, o que fazer, e nada escrito."""
 
+import gzip
 import io
 import json
 import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -107,27 +109,46 @@ def test_tudo_o_que_ha_de_errado_e_dito_de_uma_vez_em_cinco_segundos(tmp_path: P
         assert dito in feito.stderr
 
 
+CHAVES = ["input", "output", "pergunta", "resposta", "instruction", "messages", "conversations", "system", "history"]
+FALAS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=9)}),
+    max_size=3,
+)
 LINHA = st.one_of(
     st.binary(max_size=60),
     st.text(max_size=60).map(lambda texto: json.dumps({"input": texto, "output": texto}).encode()),
+    st.dictionaries(st.sampled_from(CHAVES), st.text(max_size=9) | FALAS | st.none()).map(
+        lambda valor: json.dumps(valor, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ),
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(max_size=9),
-        lambda filhos: st.lists(filhos, max_size=3) | st.dictionaries(st.sampled_from(["input", "output"]), filhos),
+        lambda filhos: st.lists(filhos, max_size=3) | st.dictionaries(st.sampled_from(CHAVES), filhos),
         max_leaves=6,
     ).map(lambda valor: json.dumps(valor).encode()),
     st.sampled_from([BOA, OUTRA, BOA[:-9], b"\xef\xbb\xbf" + BOA, b"\x00" * 9, b"[" * 3000, b'{"input": NaN}']),
 )
+# o arquivo como o gravariam outros programas
+EMBRULHOS = {
+    "como_esta": lambda linhas, fim: fim.join(linhas),
+    "utf16": lambda linhas, fim: fim.join(linhas).decode("utf-8", "replace").encode("utf-16"),
+    "array": lambda linhas, fim: b"[" + (b"," + fim).join(linhas) + b"]",
+    "gzip": lambda linhas, fim: gzip.compress(fim.join(linhas)),
+}
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(linhas=st.lists(LINHA, max_size=6), fim=st.sampled_from([b"\n", b"\r\n", b"\r"]))
+@given(
+    linhas=st.lists(LINHA, max_size=6),
+    fim=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    embrulho=st.sampled_from(sorted(EMBRULHOS)),
+)
 def test_mil_arquivos_malformados_dao_sempre_uma_frase_e_nada_escrito(
-    linhas: list[bytes], fim: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    linhas: list[bytes], fim: bytes, embrulho: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import fine_tuning_saude as ft
 
     arquivo, saida = tmp_path / "dados.jsonl", tmp_path / "saida"
-    arquivo.write_bytes(fim.join(linhas))
+    arquivo.write_bytes(EMBRULHOS[embrulho](linhas, fim))
     # o tipo que não existe para a execução mesmo quando o arquivo sai bom
     codigo = ft.main(
         ["--arquivo-dados", str(arquivo), "--dir-saida", str(saida), "--demo", "--quantizacoes-gguf", "q9"]
@@ -135,9 +156,13 @@ def test_mil_arquivos_malformados_dao_sempre_uma_frase_e_nada_escrito(
     dito = capfd.readouterr().err
     assert codigo == 2 and "QUANTIZACOES_GGUF não conhece q9" in dito
     try:
-        ft.ler_dados(ft.ler_opcoes(["--arquivo-dados", str(arquivo)]))
+        pares, _ = ft.ler_dados(ft.ler_opcoes(["--arquivo-dados", str(arquivo)]))
     except ft.ErroDeUso as erro:
         assert str(erro).splitlines()[0] in dito
+    else:  # o que se leu é texto, e está no arquivo
+        for texto in (texto for par in pares for texto in par[1:3]):
+            assert texto.strip() and unicodedata.is_normalized("NFC", texto) and "\ufffd" not in texto
+            assert not any(unicodedata.category(letra) in ("Cc", "Cs") for letra in texto if letra not in "\n\t")
     assert not saida.exists()
 
 
