@@ -294,12 +294,14 @@ def test_as_nove_etapas_valem_para_outras_familias_e_seus_templates(
 
 
 @pytest.fixture(scope="module")
-def de_familia(vocabularios: Path) -> Callable[[str], Any]:
-    """Função que dá o tokenizer de uma família ("llama" ou "qwen")."""
+def de_familia(construido: Callable[..., Path]) -> Callable[[str], Any]:
+    """Função que dá o tokenizer de uma família ("llama" ou "qwen"), dos modelos que as nove etapas já pedem."""
     from transformers import AutoTokenizer
 
-    arquivos = {"llama": "ggml-vocab-llama-bpe.gguf", "qwen": "ggml-vocab-qwen2.gguf"}
-    return functools.cache(lambda familia: AutoTokenizer.from_pretrained(vocabularios, gguf_file=arquivos[familia]))
+    nomes = {"llama": "llama_com_data", "qwen": "qwen_que_pensa"}
+    return functools.cache(
+        lambda familia: AutoTokenizer.from_pretrained(construido("llama_ou_qwen", familia, nomes[familia]))
+    )
 
 
 @pytest.mark.parametrize("nome", TEMPLATES)

@@ -141,7 +141,9 @@ def test_relogio_que_anda_para_tras_nao_confunde_os_checkpoints(
 def test_ctrl_c_para_na_hora_e_a_execucao_seguinte_continua_do_ultimo_checkpoint(
     saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
 ) -> None:
-    devagar = "import time, transformers; passo = transformers.Trainer.training_step\n"  # senão, o treino já acabou
+    # quem é iniciado em segundo plano herda o Ctrl-C ignorado; aqui ele vale, como num terminal
+    devagar = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    devagar += "import time, transformers; passo = transformers.Trainer.training_step\n"  # senão, o treino já acabou
     devagar += "transformers.Trainer.training_step = lambda *a, **o: (time.sleep(0.5), passo(*a, **o))[1]"
     execucao = Execucao(saida, base, antes=devagar).esperar(existe(f"checkpoints/checkpoint-2/{ft.SOMAS}"))
     os.kill(execucao.processo.pid, signal.SIGINT)
