@@ -755,19 +755,21 @@ def separar_array(arquivo: Path, texto: str) -> list[tuple[int, str]]:
 
 def ler_json(texto: str) -> Any:
     """O valor JSON de um exemplo; o `ValueError` diz em português o que há de errado nele."""
+    repetidas: list[str] = []  # de uma chave dita duas vezes num objeto, um dos valores se perderia
 
-    def sem_repetir(pares: list[tuple[str, Any]]) -> dict[str, Any]:
-        repetidas = [chave for chave, vezes in collections.Counter(chave for chave, _ in pares).items() if vezes > 1]
-        return {"repetidas": repetidas} if repetidas else dict(pares)
+    def anotar_repetidas(pares: list[tuple[str, Any]]) -> dict[str, Any]:
+        vezes = collections.Counter(chave for chave, _ in pares)
+        repetidas.extend(chave for chave in vezes if vezes[chave] > 1)
+        return dict(pares)
 
     try:
-        objeto = json.loads(texto, object_pairs_hook=sem_repetir)
+        objeto = json.loads(texto, object_pairs_hook=anotar_repetidas)
     except json.JSONDecodeError as erro:
         raise ValueError(f"não é JSON válido (coluna {erro.colno})") from None
     except (ValueError, RecursionError):  # número com dígitos demais, aninhamento fundo demais
         raise ValueError("não é um JSON que se possa ler") from None
-    if isinstance(objeto, dict) and isinstance(objeto.get("repetidas"), list):  # uma das duas se perderia
-        raise ValueError(f"traz duas vezes a chave {', '.join(objeto['repetidas'])}")
+    if repetidas:
+        raise ValueError(f"traz duas vezes a chave {', '.join(repetidas)}")
     return objeto
 
 
@@ -1192,14 +1194,14 @@ def fixar_template(tokenizer: PreTrainedTokenizerBase) -> None:
     pensamento = antes.removeprefix(prompt) if antes.startswith(prompt) else ""
     if prompt.rstrip().endswith("<think>"):
         pensamento = "\n</think>\n\n"
-    if pensamento.strip():
+    pensamento = pensamento if pensamento.strip() else ""  # só espaço é começo da resposta (`inicio_da_resposta`)
+    if pensamento:
         tokenizer.chat_template += "{%- if add_generation_prompt %}{{- " + repr(pensamento) + " }}{%- endif %}"
-    fixado = prompt + (pensamento if pensamento.strip() else "")
-    if "strftime_now(" in template or texto_do_prompt(tokenizer, "pergunta") != fixado:
+    if "strftime_now(" in template or texto_do_prompt(tokenizer, "pergunta") != prompt + pensamento:
         raise ErroDeUso(
             "o chat template do modelo base não se deixa fixar: mudaria de um dia, ou de uma fala, para outro."
         )
-    if pensamento.strip() or "enable_thinking" in template:
+    if pensamento or "enable_thinking" in template:
         log.info("      o modelo base sabe pensar antes de responder: aqui se treina e se serve sem pensamento")
 
 
@@ -1421,7 +1423,12 @@ def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par, inicio: st
 
 def prompts_treinados(exemplos: Dataset) -> Prompts:
     """(pergunta, prompt, ids) de cada exemplo, como o treino os guardou."""
-    return tuple((e["pergunta"], e["prompt"], e["input_ids"][: e["labels"].count(IGNORADO)]) for e in exemplos)
+    return tuple((exemplo["pergunta"], exemplo["prompt"], ids_do_prompt(exemplo)) for exemplo in exemplos)
+
+
+def ids_do_prompt(exemplo: dict[str, Any]) -> list[int]:
+    """Os ids do prompt de um exemplo: os primeiros, que não têm rótulo."""
+    return exemplo["input_ids"][: exemplo["labels"].count(IGNORADO)]
 
 
 class Linhas:
@@ -1707,7 +1714,7 @@ def achar_ajustes(cfg: argparse.Namespace, gguf: Path, exemplos: Any, fim: int) 
     from llama_cpp import Llama
 
     nome, melhor = Path(cfg.MODELO_BASE).name, None
-    prompts = [(e["origem"], e["prompt"], e["input_ids"][: e["labels"].count(IGNORADO)]) for e in exemplos]
+    prompts = [(exemplo["origem"], exemplo["prompt"], ids_do_prompt(exemplo)) for exemplo in exemplos]
     for nome_geral, espaco, bos in itertools.product((nome, f"Phi-3 {nome}"), (False, True), (False, True)):
         ajustes = {"tokenizer.ggml.add_space_prefix": espaco, "tokenizer.ggml.add_bos_token": bos}
         ajustes["general.name"] = nome_geral.encode()[:127].decode(errors="ignore")  # o llama.cpp guarda 127 bytes
@@ -1861,8 +1868,9 @@ def provar_gguf(
     medida: dict[str, Any] = {"carga_s": time.perf_counter() - inicio, "respostas": [], "terminou": []}
     conferir_prompts(modelo, gguf, prompts, fim)
     for exemplo in exemplos[:gerar]:  # gulosa, do prompt treinado, que os arquivos servidos provaram escrever igual
-        ids = exemplo["input_ids"][: exemplo["labels"].count(IGNORADO)]
-        feita = modelo.create_completion(ids, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
+        feita = modelo.create_completion(ids_do_prompt(exemplo), max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)[
+            "choices"
+        ][0]
         medida["respostas"].append(feita["text"])
         medida["terminou"].append(feita["finish_reason"] == "stop")
     if prompts and not any(resposta.strip() for resposta in medida["respostas"]):
