@@ -1,7 +1,8 @@
 """Ensina um modelo de linguagem a responder sobre Atenção Primária à Saúde e o entrega em GGUF.
 
-    python fine_tuning_saude.py --demo    prova as nove etapas em minutos, sem GPU, com um modelo pequeno
-    python fine_tuning_saude.py           treina o Phi-3-mini numa GPU NVIDIA de 8 GB
+    python fine_tuning_saude.py --demo         prova as nove etapas em minutos, sem GPU, com um modelo pequeno
+    python fine_tuning_saude.py                treina o Phi-3-mini numa GPU NVIDIA de 8 GB
+    python fine_tuning_saude.py --conversar    conversa com o modelo que ficou pronto
 
 Lê um JSONL de perguntas e respostas e escreve em `saida/` os arquivos GGUF para Ollama, llama.cpp ou
 LM Studio, em nove etapas: (1) configuração, (2) quantização em 4 bits, (3) tokenizer e modelo base,
@@ -12,8 +13,9 @@ Para outra execução, mude as constantes abaixo ou use a opção de mesmo nome 
 
 O arquivo tem dois andares. No de cima, até a etapa 9, está a execução inteira, na ordem em que acontece. No de baixo
 ficam as salas, na ordem das etapas; procure `# ---` e o nome: opções e conferência · portão dos dados · o que vem de
-fora · memória e disco · modelo e atenção · exemplos, linhas e perda · merge medido · GGUF · a prova · o cartão; e o que
-várias usam: registro e retomada · arquivos inteiros · um processo ou vários · textos e o que toda sala usa.
+fora · memória e disco · modelo e atenção · exemplos, linhas e perda · merge medido · GGUF · a prova · o cartão; a
+conversa; e o que várias usam: registro e retomada · arquivos inteiros · um processo ou vários · textos e o que toda
+sala usa.
 """
 
 from __future__ import annotations
@@ -69,9 +71,9 @@ ARQUIVO_DADOS = "perguntas_respostas_APS_2000.jsonl"  # um objeto JSON por linha
 DIR_SAIDA = "saida"  # tudo o que uma execução escreve
 DIR_LLAMA_CPP = "llama.cpp"  # clone seu do llama.cpp ou, se não existir, preenchida pelo programa
 TREINAR_NA_CPU = False  # aceita treinar sem GPU, o que com o Phi-3-mini leva dias
-GRADIENT_CHECKPOINTING = "auto"  # recalcula ativações, o que poupa memória: sim, nao, ou auto: só se não couberem
+GRADIENT_CHECKPOINTING = "auto"  # recalcula ativações, e poupa memória: sim, nao, ou auto: só nas camadas que não cabem
 LOGGING_STEPS = 10  # passos entre as linhas do diário
-SAVE_STEPS = 50  # passos entre checkpoints, de que uma execução interrompida continua
+REPORT_TO = "none"  # para onde o Trainer também manda as medidas: none, tensorboard ou wandb, se instalados
 ACEITAR_REPETIDOS = False  # treina mesmo que menos da metade das linhas seja distinta
 ACEITAR_DADOS_PESSOAIS = False  # treina mesmo com CPF, CNS, telefone ou e-mail nos textos (LGPD)
 
@@ -91,7 +93,10 @@ LORA_TARGET_MODULES = "all-linear"  # camadas adaptadas, na notação do PEFT
 # treino; os nomes são os de transformers.TrainingArguments
 NUM_TRAIN_EPOCHS = 3.0  # passagens pelos dados
 MAX_TOKENS_POR_LINHA = 2048  # tokens de exemplos inteiros postos lado a lado, sem preenchimento, em cada linha
-GRADIENT_ACCUMULATION_STEPS = 1  # linhas somadas antes de cada passo do otimizador
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # linhas calculadas de uma vez, o que pede mais memória
+GRADIENT_ACCUMULATION_STEPS = 1  # lotes somados antes de cada passo do otimizador
+SAVE_STEPS = 50  # passos entre medidas da validação; a cada uma, um checkpoint, de que uma execução parada continua
+PACIENCIA = 0  # medidas seguidas sem melhora que encerram o treino; 0: nunca
 OPTIM = "paged_adamw_8bit"  # AdamW em 8 bits, paginado na memória do computador
 LEARNING_RATE = 2e-4  # taxa de aprendizado no fim do aquecimento
 WARMUP_STEPS = 0.03  # passos de aquecimento; abaixo de 1, fração do total
@@ -102,6 +107,7 @@ SEED = 42  # semente de sorteios e pesos iniciais
 
 # GGUF e prova: se mudar, o treino vale, e só as etapas 8 e 9 são refeitas
 QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; o primeiro fica em novo_modelo.gguf, o último é o servido
+ADAPTADOR_GGUF = False  # também o adaptador sozinho, em novo_modelo-adaptador.gguf, para somar a uma base que já se tem
 MAX_SHARD_SIZE = "1GB"  # tamanho máximo de cada safetensors do modelo final; gravá-lo pede outro tanto de memória
 EXEMPLOS_IMATRIX = 64  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
 EXEMPLOS_PROVA = 32  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
@@ -119,7 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     cfg = ler_opcoes(argv)
     registro = Registro(cfg)
     try:
-        executar(cfg, registro)
+        if cfg.CONVERSAR or cfg.PERGUNTAR is not None:
+            conversar(cfg)
+        else:
+            executar(cfg, registro)
         return 0
     except KeyboardInterrupt:
         erro, codigo = "interrompido por quem executa; execute de novo para continuar do último checkpoint", 130
@@ -149,6 +158,8 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         registro.gravar(situacao="concluída")
         log.info("      nada a fazer: tudo pronto desde uma execução anterior; para treinar de novo, --recomecar")
         return
+    import torch
+
     treinar = registro.ultima_pronta < 7
     with registro.etapa(2, "Quantização em 4 bits"):
         quantizacao = etapa_2_quantizacao(preparo.dispositivo)
@@ -164,14 +175,14 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         if treinar:
             registro.campos["perda_validacao"] = etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
     if processos > 1:
-        import torch
-
         torch.distributed.destroy_process_group()
         torch.set_num_threads(os.cpu_count() or 1)  # o torchrun dá um fio a cada processo, e agora só resta um
     if processo > 0:
         return  # o que falta é de um só
     del modelo  # libera a memória antes de recarregar a base em 16 bits
     gc.collect()
+    if preparo.dispositivo == "cuda":
+        torch.cuda.empty_cache()
     # sorteados, porque a separação por grupos deixa os parecidos juntos
     amostra, exemplos_prova = (
         parte.shuffle(cfg.SEED, keep_in_memory=True).select(range(min(maximo, len(parte)))).to_list()
@@ -201,13 +212,14 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[P
     conferencias = (ler_dados, conferir_constantes, escolher_dispositivo, achar_base)
     (pares, lidas), _, dispositivo, dir_base = conferir_tudo(cfg, *conferencias)
     acalmar_bibliotecas()
-    checkpointing = conferir_recursos(cfg, dir_base, dispositivo) if dir_base else None  # custa segundos: por último
+    conferir_dispositivo(cfg, dispositivo, a_parte=dispositivo == "cuda")
+    recalculadas = conferir_recursos(cfg, dir_base, dispositivo) if dir_base else None  # custa segundos: por último
     registro.abrir()
     log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
     conversor = garantir_llama_cpp(cfg)
     dir_base = localizar_modelo_base(cfg)
-    if checkpointing is None:  # o modelo da demonstração, que só agora existe
-        checkpointing = conferir_recursos(cfg, dir_base, dispositivo)
+    if recalculadas is None:  # o modelo da demonstração, que só agora existe
+        recalculadas = conferir_recursos(cfg, dir_base, dispositivo)
     registro.identificar(cfg, dispositivo, dir_base)
     registro.continuar(cfg.RECOMECAR)
     if 0 < cfg.MAX_EXEMPLOS < len(pares):  # pela semente e pelo conteúdo, e não pela ordem das linhas
@@ -216,10 +228,13 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[P
     if registro.ultima_pronta < 9:
         tokenizer = carregar_tokenizer(dir_base)
         exemplos = conferir_exemplos(cfg, pares, tokenizer, dir_base)
+        linhas = Linhas(exemplos.select(dividir(cfg, pares, exemplos)[0]), cfg)
+        passos = math.ceil(cfg.NUM_TRAIN_EPOCHS * math.ceil(len(linhas) / linhas.por_passo))
+        log.info("      o treino terá %d passos, de %d linha(s) cada", passos, linhas.por_passo)
         # a etapa 9 compara o modelo final com este; e o que o llama.cpp não faz como o treino se sabe antes de treinar
         gguf_base = garantir_gguf_da_base(cfg, conversor, dir_base, registro.campos["sha256_base"], exemplos)
         ajustes = achar_ajustes(cfg, gguf_base, exemplos, id_do_fim_de_turno(tokenizer))
-    return Preparo(pares, dispositivo, checkpointing, dir_base, conversor, gguf_base, ajustes), registro.ultima_pronta
+    return Preparo(pares, dispositivo, recalculadas, dir_base, conversor, gguf_base, ajustes), registro.ultima_pronta
 
 
 def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
@@ -245,6 +260,7 @@ def etapa_3_modelo(
     """
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     tokenizer, dispositivo = carregar_tokenizer(preparo.dir_base), preparo.dispositivo
     # com pad igual ao eos, mascarar o preenchimento mascararia também o fim da resposta, e o modelo nunca pararia
@@ -252,6 +268,9 @@ def etapa_3_modelo(
     tokenizer.padding_side = "right"
     if not treinar:
         return tokenizer, None
+    if dispositivo == "cuda":  # no Windows a placa cheia passa a usar a RAM e o treino se arrasta: melhor que falte
+        livre, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(livre / total)
     modelo = AutoModelForCausalLM.from_pretrained(
         preparo.dir_base,
         quantization_config=quantizacao,
@@ -268,6 +287,11 @@ def etapa_3_modelo(
     if modelo.config._attn_implementation == "sdpa":
         AttentionInterface.register("por_exemplo", atencao_por_exemplo)
         modelo.set_attn_implementation("por_exemplo")
+    if preparo.recalculadas:
+        modelo.activation_checkpointing_enable({"use_reentrant": False})
+        camadas = [camada for camada in modelo.modules() if isinstance(camada, GradientCheckpointingLayer)]
+        for camada in camadas[preparo.recalculadas :]:
+            camada.gradient_checkpointing = False
     return tokenizer, modelo
 
 
@@ -332,12 +356,10 @@ def etapa_6_argumentos(cfg: argparse.Namespace, preparo: Preparo, quantizacao: B
         argumentos = TrainingArguments(
             output_dir=str(Path(cfg.DIR_SAIDA) / "checkpoints"),
             num_train_epochs=cfg.NUM_TRAIN_EPOCHS,
-            per_device_train_batch_size=1,  # uma linha
+            per_device_train_batch_size=cfg.PER_DEVICE_TRAIN_BATCH_SIZE,
             per_device_eval_batch_size=1,
             remove_unused_columns=False,
             gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
-            activation_checkpointing=preparo.checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False},
             optim=cfg.OPTIM,
             learning_rate=cfg.LEARNING_RATE,
             warmup_steps=cfg.WARMUP_STEPS,
@@ -347,12 +369,19 @@ def etapa_6_argumentos(cfg: argparse.Namespace, preparo: Preparo, quantizacao: B
             bf16=quantizacao.bnb_4bit_compute_dtype == torch.bfloat16,
             fp16=quantizacao.bnb_4bit_compute_dtype == torch.float16,
             use_cpu=preparo.dispositivo == "cpu",
-            eval_strategy="epoch",
+            eval_strategy="steps",
+            eval_steps=cfg.SAVE_STEPS,
             save_strategy="steps",
             save_steps=cfg.SAVE_STEPS,
+            metric_for_best_model="perda",
+            greater_is_better=False,
+            load_best_model_at_end=True,
+            restore_callback_states_from_checkpoint=True,  # a paciência gasta
             logging_steps=cfg.LOGGING_STEPS,
+            logging_nan_inf_filter=False,  # o filtro esperaria pela placa a cada lote
+            accelerator_config={"non_blocking": preparo.dispositivo == "cuda"},
             disable_tqdm=not sys.stderr.isatty(),
-            report_to="none",
+            report_to=cfg.REPORT_TO,
             ddp_find_unused_parameters=False,
             seed=cfg.SEED,
             data_seed=cfg.SEED,
@@ -366,11 +395,12 @@ def etapa_6_argumentos(cfg: argparse.Namespace, preparo: Preparo, quantizacao: B
 def etapa_7_treinamento(
     cfg: argparse.Namespace, modelo: PeftModel, treino: Dataset, validacao: Dataset, argumentos: TrainingArguments
 ) -> dict[str, Any]:
-    """Treina os adaptadores, a partir do último checkpoint inteiro, se há, e grava-os em `adaptador_lora/`.
+    """Treina os adaptadores, a partir do último checkpoint inteiro, se há, e grava em `adaptador_lora/` os melhores.
 
-    Devolve a perda na validação, em nats por token, `antes` e `depois`, e a `curva`: [passo, nome, valor] do diário.
+    Os melhores são os do `passo` de menor perda na validação. Devolve-a, em nats por token, `antes`, `depois` (nele) e
+    no `ultimo`, e a `curva`: [passo, nome, valor] do diário.
     """
-    from transformers import PrinterCallback, Trainer
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
 
     pasta, linhas = Path(argumentos.output_dir), Linhas(treino, cfg)
     modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
@@ -380,11 +410,11 @@ def etapa_7_treinamento(
             args=argumentos,
             train_dataset=linhas,
             eval_dataset=Linhas(validacao, cfg),
-            data_collator=lambda lote: lote[0],  # uma linha por lote
+            data_collator=lambda lote: juntar_exemplos([*itertools.chain(*lote)]),
             preprocess_logits_for_metrics=nll_por_token,
             # a média sobre os tokens de resposta da validação, cada um com o mesmo peso
             compute_metrics=lambda nll: {"perda": float(nll.predictions[nll.label_ids != IGNORADO].mean())},
-            callbacks=[acompanhar(linhas, pasta)],
+            callbacks=[acompanhar(linhas, pasta), *([EarlyStoppingCallback(cfg.PACIENCIA)] if cfg.PACIENCIA else [])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
@@ -392,20 +422,19 @@ def etapa_7_treinamento(
         # por dentro de train(): avaliado antes, o modelo ficaria sem a soma dos gradientes entre processos
         argumentos.eval_on_start = checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint)
-        medidos = [ponto["step"] for ponto in trainer.state.log_history if "eval_perda" in ponto]
-        if trainer.state.global_step not in medidos:
-            trainer.evaluate()  # a execução anterior parou entre o último checkpoint e a última avaliação
-    nomes = ("loss", "eval_perda")
-    curva = [[ponto["step"], n, ponto[n]] for ponto in trainer.state.log_history for n in nomes if n in ponto]
-    antes, *_, depois = (valor for _, nome, valor in curva if nome == "eval_perda")
+    estado, nomes = trainer.state, ("loss", "eval_perda")
+    curva = [[ponto["step"], n, ponto[n]] for ponto in estado.log_history for n in nomes if n in ponto]
+    antes, *_, ultimo = (valor for _, nome, valor in curva if nome == "eval_perda")
+    depois, passo = estado.best_metric, estado.best_global_step
     if not depois <= max(antes, math.log(len(modelo.get_input_embeddings().weight))):  # pior que sortear o token
         raise FalhaNaExecucao(
             f"o treino divergiu: a perda na validação foi de {antes:.3g} a {depois:.3g} nats por token. Baixe "
             "LEARNING_RATE ou NUM_TRAIN_EPOCHS e execute com --recomecar; nada foi convertido."
         )
-    so_o_primeiro(gravar_adaptador, cfg, checkpoints(pasta)[0])
+    so_o_primeiro(gravar_adaptador, cfg, pasta / f"checkpoint-{passo}")
     log.info("      perda na validação, em nats por token de resposta: %.3f antes, %.3f depois", antes, depois)
-    return {"antes": antes, "depois": depois, "curva": curva}
+    log.info("      fica o adaptador do passo %d, o de menor perda; a do último, %d: %.3f", passo, curva[-1][0], ultimo)
+    return {"antes": antes, "depois": depois, "passo": passo, "ultimo": ultimo, "curva": curva}
 
 
 def etapa_8_merge(
@@ -440,6 +469,9 @@ def etapa_8_merge(
                 np.save(arquivo, obtida)  # uma após a outra: todas juntas na memória, seriam centenas de MB
                 if certa is not None:
                     medidas.append(comparar_logprobs(certa, obtida, exemplo))
+        # a média dos quadrados das entradas não pede fp32, que só numa CPU sem bf16 é o mais rápido
+        em_bf16 = tipo_de_calculo("cpu") == torch.bfloat16
+        with contextlib.nullcontext() if em_bf16 else calculo_em_fp32(base, divergiu):
             np.savez(provisoria / "importancia.npz", **medir_importancia(modelo, amostra))
         perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
         exigir_fidelidade("merge", perdido, juntar_medidas(medidas))
@@ -481,22 +513,35 @@ def etapa_9_gguf(
         exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
         # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
         quantizar(preparo.gguf_base, base, tipos[-1], ajustes, importancia)
-        antes = em_outro_processo(provar_gguf, base, exemplos_prova, do_final, cfg, len(exemplos_prova))
+        do_dia = [{"input_ids": prompt_e_ids(tokenizer, pergunta)[1], "labels": []} for pergunta in PERGUNTAS_DO_DIA]
+        todos = len(exemplos_prova)
+        antes = em_outro_processo(provar_gguf, base, exemplos_prova, do_final, cfg, todos, do_dia=do_dia)
         for tipo in tipos:
             nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
             quantizar(f16, arquivo := pasta / nome, tipo, ajustes, importancia)
-            gerar = len(exemplos_prova) if len(arquivos) + 1 == len(tipos) else 1
-            medida = em_outro_processo(provar_gguf, arquivo, exemplos_prova, do_final, cfg, gerar, prompts, fim)
+            gerar, do_dia = (todos, antes["do_dia"]) if len(arquivos) + 1 == len(tipos) else (1, [])
+            medida = em_outro_processo(provar_gguf, arquivo, exemplos_prova, do_final, cfg, gerar, prompts, fim, do_dia)
             perdeu = f"{nome} perdeu demais na quantização; ponha em QUANTIZACOES_GGUF um tipo maior, como q5_k_m"
             exigir_fidelidade(tipo, perdeu, medida)
             sobre = {"arquivo": nome, "tipo": tipo, "bytes": arquivo.stat().st_size, "sha256": sha256(arquivo)}
             arquivos.append(sobre | medida)
+        if cfg.ADAPTADOR_GGUF:
+            lora, de_lora = pasta / "novo_modelo-adaptador.gguf", preparo.conversor.with_name("convert_lora_to_gguf.py")
+            comando = [sys.executable, de_lora, saida / "adaptador_lora", "--outfile", lora, "--outtype", "f16"]
+            converter([*comando, "--base", preparo.dir_base])
+            provas = exemplos_prova[:PROVAS_EXATAS]
+            medida = em_outro_processo(provar_gguf, preparo.gguf_base, provas, do_final, cfg, 0, adaptador=str(lora))
+            exigir_fidelidade(
+                "adaptador", f"a base com {lora.name} não é o modelo final; use ADAPTADOR_GGUF False", medida
+            )
         for antigo in saida.glob("novo_modelo*.gguf"):
             antigo.unlink()
-        for pronto in arquivos:
-            trocar(pasta / pronto["arquivo"], saida / pronto["arquivo"])
+        for pronto in pasta.glob("novo_modelo*.gguf"):
+            trocar(pronto, saida / pronto.name)
     gravar_inteiro(saida / "Modelfile", escrever_modelfile(arquivos[-1]["arquivo"], cfg, tokenizer))
     comparacao = comparar_respostas(exemplos_prova, antes, arquivos[-1], cfg.SEED)
+    for medida in (antes, *arquivos):
+        del medida["do_dia"]
     return dict(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
 
 
@@ -527,7 +572,7 @@ class Preparo(NamedTuple):
 
     pares: list[Par]
     dispositivo: str  # "cuda" ou "cpu"
-    checkpointing: bool  # se o treino recalcula ativações
+    recalculadas: int  # as primeiras camadas, cujas ativações o treino recalcula em vez de guardar
     dir_base: Path  # a pasta do modelo base
     conversor: Path  # o convert_hf_to_gguf.py do llama.cpp
     gguf_base: Path | None  # a base em GGUF de 16 bits; None se tudo já está pronto
@@ -542,6 +587,9 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--demo", dest="DEMO", action="store_true", help="as nove etapas num modelo pequeno, sem GPU")
     ajuda = "apaga os checkpoints de uma execução interrompida e treina do início"
     parser.add_argument("--recomecar", dest="RECOMECAR", action="store_true", help=ajuda)
+    ajuda = "conversa no terminal com o GGUF servido que está em DIR_SAIDA, em vez de treinar"
+    parser.add_argument("--conversar", dest="CONVERSAR", action="store_true", help=ajuda)
+    parser.add_argument("--perguntar", dest="PERGUNTAR", metavar="PERGUNTA", help="responde a uma só pergunta, e acaba")
     for _, nome, ajuda in ler_constantes():
         padrao = globals()[nome]
         tipo = str if padrao is None else type(padrao)
@@ -556,7 +604,10 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         parser.set_defaults(**TROCAS_DEMO)
     cfg = parser.parse_args(argv)
     positivas = ("MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LEARNING_RATE", "LOGGING_STEPS", "MAX_NEW_TOKENS")
-    for nome in (*positivas, "GRADIENT_ACCUMULATION_STEPS", "SAVE_STEPS", "EXEMPLOS_PROVA"):
+    for nome in (
+        *positivas,
+        *["GRADIENT_ACCUMULATION_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "SAVE_STEPS", "EXEMPLOS_PROVA"],
+    ):
         if getattr(cfg, nome) <= 0:
             parser.error(f"{nome} deve ser maior que zero, e é {getattr(cfg, nome)}")
     if cfg.MAX_TOKENS_POR_LINHA < cfg.MAX_LENGTH:
@@ -625,6 +676,10 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
     llama_cpp = Path(cfg.DIR_LLAMA_CPP)
     if llama_cpp.exists() and not (llama_cpp / "convert_hf_to_gguf.py").is_file() and any(llama_cpp.iterdir()):
         raise ErroDeUso(f"a pasta {llama_cpp} não tem convert_hf_to_gguf.py: apague-a, ou clone nela o llama.cpp.")
+    if cfg.ADAPTADOR_GGUF and llama_cpp.exists() and not (llama_cpp / "convert_lora_to_gguf.py").is_file():
+        raise ErroDeUso(
+            f"a pasta {llama_cpp} não tem convert_lora_to_gguf.py: apague-a, ou use ADAPTADOR_GGUF = False."
+        )
     acima = primeira_que_existe(Path(cfg.DIR_SAIDA))
     if not acima.is_dir() or not os.access(acima, os.W_OK):
         raise ErroDeUso(f"não se pode escrever em {acima}: dê permissão a quem executa, ou mude DIR_SAIDA.")
@@ -632,17 +687,84 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
 
 def escolher_dispositivo(cfg: argparse.Namespace) -> str:
     """Devolve `cuda` ou, se quem executa aceitou, `cpu`."""
-    import torch
+    try:
+        import torch
+    except OSError as erro:  # no Windows, uma DLL de que ele depende
+        falta = "em geral, o Visual C++ Redistributable x64: instale-o, ou reinstale o torch pela linha do README"
+        raise ErroDeUso(f"o torch instalado não carrega, porque lhe falta algo ({erro}); {falta}.") from erro
 
-    if torch.cuda.is_available() and not cfg.DEMO:
+    with warnings.catch_warnings(record=True) as avisos:
+        warnings.simplefilter("always")
+        tem_gpu = torch.cuda.is_available()
+    if tem_gpu and not cfg.DEMO:
         return "cuda"
     if cfg.TREINAR_NA_CPU:
         return "cpu"
+    if any("driver on your system is too old" in str(aviso.message) for aviso in avisos):
+        raise ErroDeUso(
+            f"o driver da NVIDIA é antigo demais para o torch instalado, de CUDA {torch.version.cuda} (o CUDA 13 pede "
+            "o R580 ou mais novo): atualize o driver pelo site da NVIDIA e execute de novo."
+        )
     instalado = f"de CUDA {torch.version.cuda}" if torch.version.cuda else "de CPU"
     raise ErroDeUso(
         f"não encontrei GPU NVIDIA com CUDA (o torch instalado é o {instalado}; o README traz a linha certa e o driver "
         "dela): use --demo para provar as nove etapas com um modelo pequeno, ou --treinar-na-cpu, que leva dias."
     )
+
+
+def conferir_dispositivo(cfg: argparse.Namespace, dispositivo: str, a_parte: bool) -> None:
+    """Experimenta no dispositivo o que o treino fará, `a_parte` num processo só para isso, que pode morrer.
+
+    Uma placa para a qual o torch não tem código, uma DLL que não carrega, um otimizador que encerra o processo: melhor
+    saber antes de baixar e converter o modelo base.
+    """
+    import torch
+
+    com_cuda = (torch.version.cuda and f"torch de CUDA {torch.version.cuda}") or "torch de CPU"
+    remedios = {
+        "multiplicar matrizes": f"o {com_cuda} não serve a ela; ponha o driver em dia e instale o torch pela linha do "
+        "README",
+        "treinar uma camada de 4 bits": "reinstale com python -m pip install --force-reinstall --no-deps bitsandbytes=="
+        + metadata.version("bitsandbytes"),
+        f"um passo de {cfg.OPTIM}": "mude OPTIM, por exemplo para adamw_torch_fused",
+    }
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processo:
+        for o_que, remedio in remedios.items():
+            try:
+                if a_parte:
+                    processo.submit(experimentar, o_que, dispositivo, cfg.OPTIM).result()
+                else:
+                    experimentar(o_que, dispositivo, cfg.OPTIM)
+                continue
+            except BrokenProcessPool:
+                motivo = "o processo que tentou foi encerrado"
+            except Exception as erro:  # cada biblioteca falha a seu modo
+                motivo = f"{type(erro).__name__}: {str(erro).strip().splitlines()[0] if str(erro).strip() else ''}"
+            maquina = descrever_maquina(dispositivo)
+            raise ErroDeUso(f"nesta máquina ({maquina}) não funciona {o_que} ({motivo[:200]}): {remedio}.")
+
+
+def experimentar(o_que: str, dispositivo: str, optim: str) -> None:
+    """Uma multiplicação, uma camada de 4 bits, ida e volta, ou um passo do otimizador."""
+    import torch
+
+    opcoes = dict(dtype=tipo_de_calculo(dispositivo), device=dispositivo, requires_grad=True)
+    entrada = torch.ones(64, 64, **opcoes)
+    if o_que.startswith("multiplicar"):
+        (entrada @ entrada).sum().item()
+    elif o_que.startswith("treinar"):
+        from bitsandbytes.nn import LinearNF4
+
+        LinearNF4(64, 64, compute_dtype=entrada.dtype).to(dispositivo)(entrada).sum().backward()
+        entrada.grad.sum().item()
+    else:
+        from transformers import Trainer, TrainingArguments
+
+        classe, dele = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=optim, report_to="none"))
+        peso = torch.nn.Parameter(torch.ones(512, 512, device=dispositivo))  # grande o bastante para ser paginado
+        peso.grad = torch.ones_like(peso)
+        classe([peso], **dele).step()
+        peso.sum().item()
 
 
 # ---------------------------------------------------------------- portão dos dados
@@ -930,7 +1052,7 @@ def garantir_llama_cpp(cfg: argparse.Namespace) -> Path:
     pasta = Path(cfg.DIR_LLAMA_CPP)
     conversor = pasta / "convert_hf_to_gguf.py"
     if not conversor.is_file():
-        usados = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+        usados = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
         with pasta_inteira(pasta) as provisoria, tempfile.TemporaryDirectory() as temporaria:
             sdist = buscar_pacote(SDIST_LLAMA_CPP, Path(temporaria))
             with tarfile.open(sdist) as tar:
@@ -1055,8 +1177,8 @@ def exigir_base_inteira(pasta: Path) -> Path:
 # ---------------------------------------------------------------- memória e disco
 
 
-def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> bool:
-    """Confere memória e disco livres contra a estimativa; diz se o treino deve recalcular ativações."""
+def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> int:
+    """Confere memória e disco livres contra a estimativa; diz de quantas camadas o treino deve recalcular ativações."""
     import psutil
     import torch
     from transformers import AutoConfig
@@ -1073,7 +1195,9 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     ram, saida = psutil.virtual_memory(), Path(cfg.DIR_SAIDA)
     na_maquina = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processos que dividem a RAM
     livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else ram.available // na_maquina
-    checkpointing = {"sim": True, "nao": False, "auto": memoria[False] > 0.9 * livre}[cfg.GRADIENT_CHECKPOINTING]
+    camadas = len(memoria) - 1
+    cabem = next((n for n in range(camadas) if memoria[n] <= 0.9 * livre), camadas)
+    recalculadas = {"sim": camadas, "nao": 0, "auto": cabem}[cfg.GRADIENT_CHECKPOINTING]
     em_16_bits, GiB = 2 * parametros, 2**30
     # no fim, base em GGUF, modelo final e seu GGUF em 16 bits, base quantizada e todos os tipos; três checkpoints; as
     # log-probabilidades da prova, de respostas de uns 256 tokens; e o que ainda vai ser baixado
@@ -1084,9 +1208,9 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     disco = shutil.disk_usage(primeira_que_existe(saida)).free
     problemas = []
     treinado = not cfg.RECOMECAR and (saida / "adaptador_lora" / SOMAS).is_file()
-    if 0.85 * memoria[checkpointing] > livre and not treinado:  # a estimativa pode errar por 15 %
+    if 0.9 * memoria[recalculadas] > livre and not treinado:  # a estimativa pode errar por 10 %
         problemas.append(
-            f"o treino pede cerca de {memoria[checkpointing] / GiB:.1f} GiB de memória e há {livre / GiB:.1f} livres: "
+            f"o treino pede cerca de {memoria[recalculadas] / GiB:.1f} GiB de memória e há {livre / GiB:.1f} livres: "
             "feche outros programas, ou baixe MAX_TOKENS_POR_LINHA e LORA_R."
         )
     if 1.2 * em_16_bits > ram.total:
@@ -1099,14 +1223,14 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     if problemas:
         raise ErroDeUso("\n- ".join(problemas))
     log.info("      dispositivo de treino: %s", descrever_maquina(dispositivo))
-    modo = ", recalculando ativações" if checkpointing else ""
-    log.info("      memória do treino, estimada: %.2f GiB%s", memoria[checkpointing] / GiB, modo)
+    modo = f", recalculando as ativações de {recalculadas} das {camadas} camadas" if recalculadas else ""
+    log.info("      memória do treino, estimada: %.2f GiB%s", memoria[recalculadas] / GiB, modo)
     log.info("      memória livre: %.1f GiB; disco: usa até %.1f GB de %.0f", livre / GiB, escreve / 1e9, disco / 1e9)
-    return checkpointing
+    return recalculadas
 
 
-def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> tuple[int, int, dict[bool, float]]:
-    """Parâmetros da base, bytes do que vai a um checkpoint, e bytes que o treino ocupa se recalcula ativações ou não.
+def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> tuple[int, int, list[float]]:
+    """Parâmetros da base, bytes do que vai a um checkpoint, e bytes que o treino ocupa se recalcula 0, 1, … camadas.
 
     Faz no dispositivo "meta" do PyTorch, que não ocupa memória, a ida de uma linha cheia, e soma o que o autograd
     guardaria para a volta.
@@ -1141,7 +1265,7 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
             guardados[bloco._cdata] = bloco
         return tensor
 
-    posicoes = torch.arange(cfg.MAX_TOKENS_POR_LINHA, device="meta")[None]
+    posicoes = torch.arange(cfg.MAX_TOKENS_POR_LINHA * cfg.PER_DEVICE_TRAIN_BATCH_SIZE, device="meta")[None]
     ganchos = torch.autograd.graph.saved_tensors_hooks(guardar, lambda tensor: tensor)
     with ganchos, torch.autocast("cpu", torch.bfloat16, enabled=tipo != torch.float32):
         modelo.get_base_model().base_model(input_ids=posicoes, position_ids=posicoes, use_cache=False)
@@ -1152,8 +1276,10 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
     otimizador = treinaveis * (4 + (2 if "8bit" in cfg.OPTIM else 8))  # adaptadores em fp32 e os dois momentos do Adam
     # gradientes e cópia em 16 bits dos adaptadores; duas camadas desfeitas; logits de um pedaço e seus gradientes
     fixo = pesos + otimizador + treinaveis * (4 + 2) + 2 * 2 * max(lineares) + TOKENS_POR_PEDACO * texto.vocab_size * 14
-    recalculando = entradas + ativacoes // texto.num_hidden_layers
-    return parametros, otimizador, {False: fixo + ativacoes, True: fixo + recalculando}
+    # de uma camada recalculada só fica a entrada; na volta, as ativações dela, uma camada de cada vez
+    camadas, guardada = texto.num_hidden_layers, ativacoes / texto.num_hidden_layers
+    ocupado = [n * entradas / camadas + (camadas - n + min(n, 1)) * guardada for n in range(camadas + 1)]
+    return parametros, otimizador, [fixo + bytes_das_camadas for bytes_das_camadas in ocupado]
 
 
 # ---------------------------------------------------------------- modelo e atenção
@@ -1437,7 +1563,7 @@ class Linhas:
     def __init__(self, exemplos: Dataset, cfg: argparse.Namespace) -> None:
         self.exemplos, self.cfg = exemplos.select_columns(["input_ids", "labels"]), cfg
         self.tamanhos = exemplos["tokens"][:]
-        self.por_passo = processo_e_total()[1] * cfg.GRADIENT_ACCUMULATION_STEPS
+        self.por_passo = processo_e_total()[1] * cfg.GRADIENT_ACCUMULATION_STEPS * cfg.PER_DEVICE_TRAIN_BATCH_SIZE
         self.set_epoch(0)
 
     def set_epoch(self, passagem: int) -> None:
@@ -1452,8 +1578,8 @@ class Linhas:
     def __len__(self) -> int:
         return len(self.linhas)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return juntar_exemplos([self.exemplos[j] for j in self.linhas[i]])
+    def __getitem__(self, i: int) -> Exemplos:
+        return [self.exemplos[j] for j in self.linhas[i]]
 
 
 def empacotar(tamanhos: list[int], capacidade: int) -> list[list[int]]:
@@ -1503,10 +1629,25 @@ def acompanhar(linhas: Linhas, pasta: Path) -> Any:
     from transformers import TrainerCallback
 
     class Acompanhante(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            self.inicio, self.primeiro = time.perf_counter(), state.global_step
+            # lido de um checkpoint, o estado paginado do bitsandbytes é memória comum com a marca de paginada, e a
+            # primeira tentativa de paginá-la encerra o processo
+            for valor in itertools.chain(*(estado.values() for estado in optimizer.state.values())):
+                if getattr(valor, "is_paged", False):
+                    valor.is_paged = False
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            mostrados = ("loss", "eval_perda", "grad_norm", "learning_rate")
-            if valores := ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs):
-                log.info("      passo %d/%d: %s", state.global_step, state.max_steps, valores)
+            mostrados = ("loss", "eval_perda", "eval_runtime", "grad_norm", "learning_rate")
+            valores = ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs)
+            gasto, feitos = time.perf_counter() - self.inicio, state.global_step - self.primeiro
+            falta = gasto / max(feitos, 1) * (state.max_steps - state.global_step)
+            if valores:
+                tempos = f"{timedelta(seconds=round(gasto))}"
+                if feitos > 0 and falta >= 1:
+                    tempos += f", faltam {timedelta(seconds=round(falta))}, até "
+                    tempos += time.strftime("%H:%M", time.localtime(time.time() + falta))
+                log.info("      passo %d/%d: %s; %s", state.global_step, state.max_steps, valores, tempos)
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # o Accelerate só o faz com um processo, e não numa passagem retomada pelo meio
@@ -1515,7 +1656,7 @@ def acompanhar(linhas: Linhas, pasta: Path) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if processo_e_total()[1] > 1:
                 torch.distributed.barrier()  # cada processo escreve ali o estado dos seus sorteios
-            so_o_primeiro(selar_checkpoint, pasta / f"checkpoint-{state.global_step}")
+            so_o_primeiro(selar_checkpoint, pasta / f"checkpoint-{state.global_step}", state.best_global_step)
 
     return Acompanhante()
 
@@ -1820,18 +1961,34 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 Prompts = tuple[tuple[str, str, list[int]], ...]  # (pergunta, prompt, ids) de cada um
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
 # divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
-KL_MAXIMA = {"merge": 0.001, "f16": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
+KL_MAXIMA = {"merge": 0.001, "f16": 0.001, "adaptador": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
 # variância do que mudou nos logits, como fração da variância deles: o merge e a conversão são exatos (1e-5 e 1e-6 no
 # SmolLM2; duas linhas trocadas de um tensor, num modelo minúsculo, dão 3e-3), e a quantização, não
-RUIDO_MAXIMO = {"merge": 1e-4, "f16": 1e-4, "quantização": 0.2}
+RUIDO_MAXIMO = {"merge": 1e-4, "f16": 1e-4, "adaptador": 1e-3, "quantização": 0.2}
+RESPOSTAS_JUNTAS = 8  # conversas em que a prova gera ao mesmo tempo; mais pedem mais memória e já não poupam tempo
+TOKENS_DO_DIA = 48  # de cada resposta da base às perguntas de outros assuntos
+PERGUNTAS_DO_DIA = (
+    "Qual é a capital da França?",
+    "Quanto é 12 vezes 8?",
+    "Escreva uma frase curta sobre o mar.",
+    "Quem escreveu Dom Casmurro?",
+    "Traduza para o inglês: bom dia, como vai você?",
+    "Em que continente fica o Egito?",
+    "Cite três frutas amarelas.",
+    "Como se faz um café coado?",
+    "Quantos dias tem um ano bissexto?",
+    "Qual é o plural de pão?",
+    "Por que o céu é azul?",
+    "Sugira um nome para um gato preto.",
+)
 
 
-def em_outro_processo(funcao: Any, gguf: Path, *resto: Any) -> Any:
-    """Chama `funcao(gguf, *resto)` num processo novo: a memória medida é só a do GGUF, e sua queda não derruba este."""
+def em_outro_processo(funcao: Any, gguf: Path, *resto: Any, **opcoes: Any) -> Any:
+    """Chama `funcao(gguf, …)` num processo novo: a memória medida é só a do GGUF, e sua queda não derruba este."""
     spawn = multiprocessing.get_context("spawn")
     with andamento(f"{gguf.stem} aberto e medido"), ProcessPoolExecutor(1, mp_context=spawn) as processo:
         try:
-            return processo.submit(funcao, gguf, *resto).result()
+            return processo.submit(funcao, gguf, *resto, **opcoes).result()
         except BrokenProcessPool as erro:
             motivo = "o arquivo está estragado, ou faltou memória: feche outros programas e execute de novo"
             raise FalhaNaExecucao(f"o llama.cpp caiu ao usar {gguf}: {motivo}.") from erro
@@ -1847,14 +2004,17 @@ def provar_gguf(
     gerar: int,
     prompts: Prompts = (),
     fim: int | None = None,
+    do_dia: Exemplos = (),
+    adaptador: str | None = None,
 ) -> dict[str, Any]:
     """Abre o GGUF no llama.cpp, como um servidor, e mede-o em `exemplos`, contra as log-probabilidades do modelo final.
 
     `do_final` traz um array por exemplo, um após o outro, na ordem deles. Gera resposta para os primeiros `gerar`. Se
     vêm `prompts` (pergunta, prompt, ids) e `fim`, exige do arquivo o mesmo prompt, os mesmos ids e o mesmo fim de
-    turno. Devolve `kl`, `top1` e `nll` médios por token, e os de cada exemplo em `por_exemplo`
-    (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na memória do sistema), `prompt_tok_s`,
-    `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
+    turno. Com `adaptador`, um GGUF de LoRA, mede os dois juntos. Devolve `kl`, `top1` e `nll` médios por token, e os
+    de cada exemplo em `por_exemplo` (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na
+    memória do sistema), `prompt_tok_s`, `geracao_tok_s`; `memoria`, o pico do processo em bytes; e `do_dia`, as
+    perguntas de outros assuntos que vieram, com a resposta (a que já traziam, ou a deste arquivo) e a `nll` dela.
     """
     import llama_cpp
     import numpy as np
@@ -1867,32 +2027,83 @@ def provar_gguf(
     modelo = llama_cpp.Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, **opcoes)
     medida: dict[str, Any] = {"carga_s": time.perf_counter() - inicio, "respostas": [], "terminou": []}
     conferir_prompts(modelo, gguf, prompts, fim)
-    for exemplo in exemplos[:gerar]:  # gulosa, do prompt treinado, que os arquivos servidos provaram escrever igual
-        feita = modelo.create_completion(ids_do_prompt(exemplo), max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)[
-            "choices"
-        ][0]
+    # gulosas, do prompt treinado, que os arquivos servidos provaram escrever igual. Uma sozinha, como se serve, mede
+    # velocidade e memória; as outras, juntas, porque a leitura dos pesos é o que custa
+    pedidos = [ids_do_prompt(exemplo) for exemplo in exemplos[:gerar]]
+    for prompt in pedidos[:1]:
+        feita = modelo.create_completion(prompt, max_tokens=cfg.MAX_NEW_TOKENS, temperature=0.0)["choices"][0]
         medida["respostas"].append(feita["text"])
         medida["terminou"].append(feita["finish_reason"] == "stop")
-    if prompts and not any(resposta.strip() for resposta in medida["respostas"]):
-        raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {exemplos[0]['pergunta']}")
     tempos = llama_cpp.llama_perf_context(modelo.ctx)
     medida["prompt_tok_s"] = 1000 * tempos.n_p_eval / max(tempos.t_p_eval_ms, 1e-9)
     medida["geracao_tok_s"] = 1000 * tempos.n_eval / max(tempos.t_eval_ms, 1e-9)
     medida["memoria"] = memoria_maxima()
+    for ids, terminou in responder_juntas(modelo, pedidos[1:], cfg.MAX_NEW_TOKENS):
+        medida["respostas"].append(modelo.detokenize(ids).decode(errors="replace"))
+        medida["terminou"].append(terminou)
+    if prompts and not any(resposta.strip() for resposta in medida["respostas"]):
+        raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {exemplos[0]['pergunta']}")
+    if any(IGNORADO not in pergunta["labels"] for pergunta in do_dia):
+        dadas = responder_juntas(modelo, [pergunta["input_ids"] for pergunta in do_dia], TOKENS_DO_DIA)
+        do_dia = [
+            {"input_ids": p["input_ids"] + ids, "labels": [IGNORADO] * len(p["input_ids"]) + ids}
+            for p, (ids, _) in zip(do_dia, dadas, strict=True)
+            if ids
+        ]
     modelo.close()
-    modelo = llama_cpp.Llama(str(gguf), n_ctx=max(len(e["input_ids"]) for e in exemplos), logits_all=True, **opcoes)
-    medida["por_exemplo"] = []
+    maior = max(len(exemplo["input_ids"]) for exemplo in [*exemplos, *do_dia])
+    modelo = llama_cpp.Llama(str(gguf), n_ctx=maior, logits_all=True, lora_path=adaptador, **opcoes)
+
+    def logprobs_de(exemplo: dict[str, Any]) -> Any:
+        modelo.reset()
+        modelo.eval(exemplo["input_ids"])
+        logits = modelo.scores[exemplo["labels"].count(IGNORADO) - 1 : len(exemplo["input_ids"]) - 1]
+        logits = logits - logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
     with do_final.open("rb") as arquivo:
-        for exemplo in exemplos:
-            modelo.reset()
-            modelo.eval(exemplo["input_ids"])
-            prompt, total = exemplo["labels"].count(IGNORADO), len(exemplo["input_ids"])
-            logits = modelo.scores[prompt - 1 : total - 1]
-            logits = logits - logits.max(-1, keepdims=True)
-            obtida = logits - np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-            medida["por_exemplo"].append(comparar_logprobs(np.load(arquivo), obtida, exemplo))
+        medida["por_exemplo"] = [comparar_logprobs(np.load(arquivo), logprobs_de(e), e) for e in exemplos]
+    medida["do_dia"] = [e | comparar_logprobs(dita := logprobs_de(e), dita, e) for e in do_dia]
     modelo.close()
     return medida | juntar_medidas(medida["por_exemplo"])
+
+
+def responder_juntas(modelo: Llama, prompts: list[list[int]], maximo: int) -> Iterator[tuple[list[int], bool]]:
+    """A resposta gulosa a cada prompt, em ids, até `maximo` tokens, e se acabou sozinha."""
+    from llama_cpp import _internals, llama_get_logits_ith, llama_vocab_is_eog
+    from numpy.ctypeslib import as_array
+
+    for i in range(0, len(prompts), RESPOSTAS_JUNTAS):
+        grupo = prompts[i : i + RESPOSTAS_JUNTAS]
+        parametros = modelo.context_params
+        parametros.n_seq_max, parametros.kv_unified = len(grupo), True  # um só espaço, dividido entre as conversas
+        parametros.n_ctx = sum(map(len, grupo)) + maximo * len(grupo)
+        parametros.n_batch = max(len(grupo), *map(len, grupo))
+        contexto = _internals.LlamaContext(model=modelo._model, params=parametros, verbose=False)
+        lote = _internals.LlamaBatch(n_tokens=parametros.n_batch, embd=0, n_seq_max=1, verbose=False)
+
+        def mais_provavel(linha: int, contexto: Any = contexto) -> int:
+            return int(as_array(llama_get_logits_ith(contexto.ctx, linha), (modelo.n_vocab(),)).argmax())
+
+        proximos, respostas = {}, [[] for _ in grupo]
+        for conversa, prompt in enumerate(grupo):
+            lote.reset()
+            lote.add_sequence(prompt, conversa, logits_all=False)
+            contexto.decode(lote)
+            proximos[conversa] = mais_provavel(-1)
+        for _ in range(maximo):
+            proximos = {c: token for c, token in proximos.items() if not llama_vocab_is_eog(modelo._model.vocab, token)}
+            if not proximos:
+                break
+            lote.reset()
+            for conversa, token in proximos.items():  # um token de cada conversa, na posição em que ela está
+                lote.add_sequence([token], conversa, logits_all=True)
+                lote.batch.pos[lote.n_tokens() - 1] = len(grupo[conversa]) + len(respostas[conversa])
+                respostas[conversa].append(token)
+            contexto.decode(lote)
+            proximos = {conversa: mais_provavel(linha) for linha, conversa in enumerate(proximos)}
+        contexto.close()
+        yield from ((resposta, len(resposta) < maximo) for resposta in respostas)
 
 
 def memoria_maxima() -> int:
@@ -1908,19 +2119,24 @@ def memoria_maxima() -> int:
 def conferir_prompts(modelo: Llama, gguf: Path, prompts: Prompts, fim: int | None) -> None:
     """Exige do GGUF, com o chat template e o vocabulário dele, o fim de turno, os prompts e os ids do treino."""
     import llama_cpp
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     vocabulario = llama_cpp.llama_model_get_vocab(modelo._model.model)
     if fim is not None and (eot := llama_cpp.llama_vocab_eot(vocabulario)) != fim:
         raise FalhaNaExecucao(f"{gguf}: o fim de turno é o token {eot}, e o treino usou {fim}: o modelo não pararia.")
-    eos, bos = (modelo._model.token_get_text(i) if i >= 0 else "" for i in (modelo.token_eos(), modelo.token_bos()))
-    template = Jinja2ChatFormatter(modelo.metadata["tokenizer.chat_template"], eos, bos)
     for pergunta, prompt, ids in prompts:
-        escrito = template(messages=[{"role": "user", "content": pergunta}]).prompt
-        obtidos = modelo.tokenize(escrito.encode(), add_bos=True, special=True)
+        escrito, obtidos = prompt_servido(modelo, [{"role": "user", "content": pergunta}])
         if (escrito, obtidos) != (prompt, ids):
             treino, servido = f"{prompt!r} {ids}", f"{escrito!r} {obtidos}"
             raise FalhaNaExecucao(f"{gguf}: o prompt servido não é o do treino:\n  treino: {treino}\n  GGUF: {servido}")
+
+
+def prompt_servido(modelo: Llama, conversa: list[dict[str, str]]) -> tuple[str, list[int]]:
+    """O prompt que o GGUF escreve para uma conversa, com o chat template que traz, e os ids que lê nele."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    eos, bos = (modelo._model.token_get_text(i) if i >= 0 else "" for i in (modelo.token_eos(), modelo.token_bos()))
+    escrito = Jinja2ChatFormatter(modelo.metadata["tokenizer.chat_template"], eos, bos)(messages=conversa).prompt
+    return escrito, modelo.tokenize(escrito.encode(), add_bos=True, special=True)
 
 
 def exigir_fidelidade(saido: str, falha: str, medida: dict[str, float]) -> None:
@@ -1963,24 +2179,27 @@ def comparar_respostas(exemplos: Exemplos, antes: dict[str, Any], depois: dict[s
 
     `perda` é a NLL por token da resposta de referência, em nats; `chrF` (arXiv:1803.00721, sacrebleu) e `cobertura`,
     fração das palavras de conteúdo da referência que a resposta traz, vão de 0 a 100; `terminou` é a fração que acabou
-    sozinha. O intervalo é de 95 %, por bootstrap sobre as perguntas.
+    sozinha; `lembrança`, a NLL por token das respostas que a base deu às PERGUNTAS_DO_DIA. O intervalo é de 95 %, por
+    bootstrap sobre as perguntas.
     """
     import numpy as np
     from sacrebleu import sentence_chrf
 
     lados, referencias = (antes, depois), [exemplo["resposta"] for exemplo in exemplos]
-    tokens = np.array([medida["tokens"] for medida in antes["por_exemplo"]])
-
     valores = {
         "perda": [[m["nll"] / m["tokens"] for m in lado["por_exemplo"]] for lado in lados],
         "chrF": [[*map(lambda r, d: sentence_chrf(d, [r]).score, referencias, lado["respostas"])] for lado in lados],
         "cobertura": [[*map(cobertura, referencias, lado["respostas"])] for lado in lados],
         "terminou": [lado["terminou"] for lado in lados],
     }
-    sorteios = np.random.default_rng(seed).integers(0, len(exemplos), (2000, len(exemplos)))
+    tokens = {"perda": [m["tokens"] for m in antes["por_exemplo"]]}
+    if antes["do_dia"]:
+        tokens["lembrança"] = [m["tokens"] for m in antes["do_dia"]]
+        valores["lembrança"] = [[m["nll"] / m["tokens"] for m in lado["do_dia"]] for lado in lados]
     tabela = {}
     for nome, (de, para) in valores.items():
-        peso = tokens if nome == "perda" else np.ones(len(exemplos))  # a perda é por token; o resto, por pergunta
+        peso = np.array(tokens.get(nome, [1] * len(de)))  # as perdas são por token; o resto, por pergunta
+        sorteios = np.random.default_rng(seed).integers(0, len(de), (2000, len(de)))
         diferenca = np.subtract(para, de, dtype=float) * peso
         intervalo = np.percentile(diferenca[sorteios].sum(1) / peso[sorteios].sum(1), [2.5, 97.5])
         tabela[nome] = [float(np.average(lado, weights=peso)) for lado in (de, para)] + intervalo.tolist()
@@ -2022,7 +2241,8 @@ mesmas {{ exemplos | length }} perguntas da validação, que o treino nunca viu;
 ({{ n(minima, "+.3f") }} a {{ n(maxima, "+.3f") }}) |
 {% endfor %}
 No treino, na validação inteira e com a base em 4 bits: perda {{ n(perda_validacao.antes) }} antes,
-{{ n(perda_validacao.depois) }} depois.
+{{ n(perda_validacao.depois) }} depois. O adaptador é o do passo {{ perda_validacao.passo }}, o de menor perda entre os
+medidos; a do último passo foi {{ n(perda_validacao.ultimo) }}.
 
 ![perda por passo](perda.png)
 
@@ -2065,6 +2285,10 @@ modelo base; a dos dados, a de quem os forneceu.
 """
 
 
+LICENCAS = {"Phi-3-mini-4k-instruct": "mit", MODELO_DEMO: "apache-2.0"}  # as das bases que o programa conhece
+ESQUECIMENTO = 0.1  # nats por token: cada token do que a base dizia ficou ao menos um décimo menos provável
+
+
 def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: Exemplos) -> None:
     """Escreve `README.md`, um model card do Hugging Face, e `perda.png`, a partir dos campos do registro."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -2074,7 +2298,8 @@ def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: E
     etiquetas = ["saude", "sus", "aps", "qlora", "gguf"]
     cabecalho = ModelCardData(language="pt", library_name="gguf", pipeline_tag="text-generation", tags=etiquetas)
     if not Path(cfg.MODELO_BASE).is_dir() and "/" in cfg.MODELO_BASE:
-        cabecalho.base_model = cfg.MODELO_BASE
+        cabecalho.base_model, cabecalho.base_model_relation = cfg.MODELO_BASE, "finetune"
+    cabecalho.license = LICENCAS.get(Path(cfg.MODELO_BASE).name)
     cartao = ModelCard.from_template(
         cabecalho,
         template_str=CARTAO,
@@ -2092,6 +2317,7 @@ def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: E
             "chrF": "chrF da resposta, 0 a 100",
             "cobertura": "cobertura das palavras de conteúdo da referência, 0 a 100",
             "terminou": "fração das respostas que terminou sozinha",
+            "lembrança": f"perda das respostas que a base deu a {len(PERGUNTAS_DO_DIA)} perguntas de outros assuntos",
         },
         decisivas=("LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "LEARNING_RATE", "OPTIM", "SEED"),
         n=com_virgula,
@@ -2113,6 +2339,7 @@ def desenhar_curva(perda: dict[str, Any], destino: Path) -> None:
     for nome, rotulo, forma in (("loss", "treino", "-"), ("eval_perda", "validação", "o--")):
         pontos = [(passo, valor) for passo, qual, valor in perda["curva"] if qual == nome]
         eixos.plot(*zip(*pontos, strict=True), forma, label=rotulo) if pontos else None
+    eixos.plot(perda["passo"], perda["depois"], "k*", markersize=12, label=f"entregue (passo {perda['passo']})")
     eixos.set(xlabel="passo do otimizador", ylabel="perda, nats por token da resposta")
     eixos.grid(alpha=0.3)
     eixos.legend()
@@ -2129,6 +2356,8 @@ def resumir(cfg: argparse.Namespace, campos: dict[str, Any], segundos: float) ->
         log.info("  %-26s %6.0f MB  KL %.4f  %5.1f tok/s", arquivo["arquivo"], tamanho, kl, velocidade)
     log.info("  melhor que a base, no GGUF final? %s", dar_veredito(campos["comparacao"], campos["perguntas_da_prova"]))
     log.info("  medidas, exemplos e como usar: %s", Path(cfg.DIR_SAIDA) / "README.md")
+    opcao = "--demo" if cfg.DEMO else f"--dir-saida {cfg.DIR_SAIDA}"
+    log.info("  conversar com ele já: python fine_tuning_saude.py %s --conversar", opcao)
     log.info("  no Ollama: cd %s && ollama create saude-aps -f Modelfile && ollama run saude-aps", cfg.DIR_SAIDA)
 
 
@@ -2139,12 +2368,74 @@ def dar_veredito(comparacao: dict[str, list[float]], perguntas: int) -> str:
     if perguntas < 5:
         return f"{perguntas} pergunta(s) de validação são de menos para dizer; nelas, a perda foi {perda}."
     lados: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
+    esqueceu = ""
     for nome, (_, _, minima, maxima) in comparacao.items():
+        if nome == "lembrança":
+            dito = " Esqueceu parte do que a base sabia de outros assuntos: veja a lembrança, na tabela."
+            esqueceu = dito if minima > ESQUECIMENTO else ""
+            continue
         subiu, desceu = ("Piorou", "Melhorou") if nome == "perda" else ("Melhorou", "Piorou")
         lados[subiu if minima > 0 else desceu if maxima < 0 else "Sem diferença medida"].append(nome)
     sim = "Sim, na perda" if "perda" in lados["Melhorou"] else "NÃO se mediu queda da perda"
     sim = "NÃO, a perda piorou" if "perda" in lados["Piorou"] else sim
-    return f"{sim}: {perda}. " + " ".join(f"{lado}: {', '.join(nomes)}." for lado, nomes in lados.items() if nomes)
+    return f"{sim}: {perda}. " + " ".join(f"{lado}: {', '.join(n)}." for lado, n in lados.items() if n) + esqueceu
+
+
+# ---------------------------------------------------------------- a conversa
+
+AVISO = "Não substitui protocolos nem profissionais, e pode errar. Urgência: SAMU 192; sofrimento intenso: CVV 188."
+
+
+def conversar(cfg: argparse.Namespace) -> None:
+    """Conversa no terminal com o GGUF servido, ou responde só a `--perguntar`. Não escreve arquivo nem usa a rede."""
+    import llama_cpp
+    import psutil
+
+    saida = Path(cfg.DIR_SAIDA)
+    try:
+        registro = json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
+        gguf = saida / registro["gguf"][-1]["arquivo"]
+    except (OSError, ValueError, LookupError):
+        raise ErroDeUso(f"{saida} não tem um modelo pronto: treine antes, ou mude DIR_SAIDA.") from None
+    if not gguf.is_file():
+        raise ErroDeUso(f"{gguf} não existe mais: execute o programa de novo sem --conversar, que o refaz.")
+    print(AVISO, file=sys.stderr)
+    calar_llama_cpp()
+    nucleos, resposta = psutil.cpu_count(logical=False), registro["constantes"]["MAX_LENGTH"]
+    modelo = llama_cpp.Llama(
+        str(gguf), n_ctx=2 * resposta, n_threads=nucleos, n_threads_batch=nucleos, seed=cfg.SEED, verbose=False
+    )
+    if cfg.PERGUNTAR is None:
+        print("Escreva a pergunta; /sair termina, e Ctrl-C interrompe uma resposta.", file=sys.stderr)
+    falas: list[dict[str, str]] = []
+    while True:
+        try:
+            dita = input("\n> ") if cfg.PERGUNTAR is None else cfg.PERGUNTAR
+        except EOFError:
+            return
+        if dita.strip() == "/sair":
+            return
+        falas.append({"role": "user", "content": dita.strip()})
+        while len(ids := prompt_servido(modelo, falas)[1]) > resposta and len(falas) > 1:
+            del falas[:2]  # o que já não cabe no contexto é a pergunta mais antiga e a resposta a ela
+        controle = modelo.tokenize(dita.encode(), add_bos=False) != modelo.tokenize(dita.encode(), False, special=True)
+        if not dita.strip() or len(ids) > resposta or controle:
+            por_que = "traz um token de controle do modelo" if controle else "está vazia, ou é longa demais"
+            if cfg.PERGUNTAR is not None:
+                raise ErroDeUso(f"a pergunta {por_que}.")
+            print(f"A pergunta {por_que}.", file=sys.stderr)
+            falas.pop()
+            continue
+        falas.append({"role": "assistant", "content": ""})
+        try:
+            for pedaco in modelo.create_completion(ids, max_tokens=resposta, temperature=0.0, stream=True):
+                print(dito := pedaco["choices"][0]["text"], end="", flush=True)
+                falas[-1]["content"] += dito
+            print()
+        except KeyboardInterrupt:
+            print(" (interrompida)")
+        if cfg.PERGUNTAR is not None:
+            return
 
 
 # ---------------------------------------------------------------- registro e retomada
@@ -2290,7 +2581,8 @@ def o_que_decide(campos: dict[str, Any]) -> dict[str, Any]:
     decidem = {nome for grupo, nome, _ in ler_constantes() if not grupo.startswith("lugar")}
     decide = {nome: valor for nome, valor in campos["constantes"].items() if nome in decidem}
     # o mesmo número de linhas por passo é o mesmo treino, seja de quantos processos for
-    decide["linhas por passo"] = decide.pop("GRADIENT_ACCUMULATION_STEPS") * campos.get("processos", 1)
+    lotes, linhas = decide.pop("GRADIENT_ACCUMULATION_STEPS"), decide.pop("PER_DEVICE_TRAIN_BATCH_SIZE", 1)
+    decide["linhas por passo"] = lotes * linhas * campos.get("processos", 1)
     decide |= {"dispositivo": campos["dispositivo"], "SHA-256 dos dados": campos["sha256_dados"]}
     decide |= {f"SHA-256 de {nome}, do modelo base": soma for nome, soma in campos["sha256_base"].items()}
     return decide | {f"versão de {pacote}": campos["versoes"].get(pacote) for pacote in PACOTES_DO_TREINO}
@@ -2325,17 +2617,20 @@ def achar_checkpoint(pasta: Path) -> str | None:
     return None
 
 
-def selar_checkpoint(novo: Path) -> None:
-    """Tira do checkpoint o que não serve, sela-o (`selar`), e apaga os mais antigos que o anterior a ele."""
+def selar_checkpoint(novo: Path, melhor: int | None) -> None:
+    """Tira do checkpoint o que não serve, sela-o (`selar`), e só deixa com ele o anterior e o do passo `melhor`."""
     for inutil in ("training_args.bin", "README.md"):  # nada os lê, e trazem caminhos desta máquina
         (novo / inutil).unlink()
     selar(novo)
     for antigo in checkpoints(novo.parent)[2:]:
-        shutil.rmtree(antigo)
+        if antigo.name != f"checkpoint-{melhor}":
+            shutil.rmtree(antigo)
 
 
 def gravar_adaptador(cfg: argparse.Namespace, checkpoint: Path) -> None:
-    """Grava em `adaptador_lora/` os adaptadores do último checkpoint, que o `Trainer` grava ao terminar."""
+    """Grava em `adaptador_lora/` os adaptadores do `checkpoint`, que tem de estar inteiro."""
+    if not esta_inteira(checkpoint):
+        raise FalhaNaExecucao(f"{checkpoint}, o de menor perda na validação, se estragou: use --recomecar.")
     with pasta_inteira(Path(cfg.DIR_SAIDA) / "adaptador_lora") as provisoria:
         shutil.copyfile(checkpoint / "adapter_model.safetensors", provisoria / "adapter_model.safetensors")
         config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
@@ -2399,10 +2694,12 @@ def gravar_inteiro(arquivo: Path, texto: str) -> None:
 
 
 def trocar(de: Path, para: Path) -> None:
-    """`os.replace`, que no Windows espera o antivírus largar o que acabou de ser escrito."""
-    for espera in (0.2, 1, 5):
+    """`os.replace`, que no Windows espera, por um minuto, o antivírus largar o que acabou de ser escrito."""
+    for espera in (0.2, 1, 5, *[5] * 11):
         with contextlib.suppress(PermissionError):
             return os.replace(de, para)
+        if espera == 5:
+            log.info("      esperando que outro programa, em geral o antivírus, largue %s", para.name)
         time.sleep(espera)
     os.replace(de, para)
 

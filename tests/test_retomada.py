@@ -1,7 +1,9 @@
 """Nada se perde: o programa é morto, interrompido e estragado de todo modo, e a execução seguinte termina igual."""
 
 import json
+import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -134,7 +136,7 @@ def test_relogio_que_anda_para_tras_nao_confunde_os_checkpoints(
         os.utime(pasta, (amanha, amanha))
     assert "continuando de checkpoint-4" in Execucao(parada_no_treino, base).terminar()
     assert resultado(parada_no_treino) == intacta[1]
-    ultimo, penultimo = (int(c.name.split("-")[1]) for c in ft.checkpoints(parada_no_treino / "checkpoints"))
+    ultimo, penultimo, *_ = (int(c.name.split("-")[1]) for c in ft.checkpoints(parada_no_treino / "checkpoints"))
     assert ultimo - 2 <= penultimo < ultimo and ultimo > 4, "ficam os dois de passo maior"
 
 
@@ -275,3 +277,80 @@ def test_nenhum_arquivo_escrito_traz_o_caminho_da_pasta_pessoal(
     for arquivo in escritos:
         conteudo = arquivo.read_bytes()
         assert pessoal not in conteudo and json.dumps(str(pasta))[1:-1].encode() not in conteudo, arquivo
+
+
+def test_um_arquivo_preso_por_outro_programa_e_esperado_um_minuto_e_dito(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "de").write_text("novo")
+    trocar, esperas, preso_por = os.replace, [], 50.0
+
+    def preso(de: Path, para: Path) -> None:
+        if sum(esperas) < preso_por:
+            raise PermissionError(13, "aberto pelo antivírus")
+        trocar(de, para)
+
+    monkeypatch.setattr(os, "replace", preso)
+    monkeypatch.setattr(time, "sleep", esperas.append)
+    caplog.set_level("INFO", "fine_tuning_saude")
+    ft.trocar(tmp_path / "de", tmp_path / "para")
+    assert (tmp_path / "para").read_text() == "novo" and "largue para" in caplog.text
+    preso_por = math.inf
+    with pytest.raises(PermissionError):
+        ft.trocar(tmp_path / "para", tmp_path / "de")
+    assert 55 <= sum(esperas) - 51.2 <= 65
+
+
+# como no Windows: o que este processo, ou o mapa de memória dele, tem aberto não se troca, renomeia nem apaga
+COMO_NO_WINDOWS = """
+import os
+def abertos():
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            yield os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            pass
+    with open("/proc/self/maps") as mapas:
+        yield from (linha.split(None, 5)[5].strip() for linha in mapas if "/" in linha)
+def recusar(funcao):
+    def recusada(caminho, *resto, dir_fd=None, **opcoes):
+        de_onde = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        alvo = os.path.join(de_onde, os.fspath(caminho))
+        if resto and presos(resto[0]) or presos(alvo):
+            raise PermissionError(13, "aberto por este processo", alvo)
+        if dir_fd is not None:
+            opcoes["dir_fd"] = dir_fd
+        return funcao(caminho, *resto, **opcoes)
+    def presos(alvo):
+        alvo = os.path.abspath(os.fspath(alvo))
+        pasta = os.path.isdir(alvo)
+        return any(aberto == alvo and not pasta or aberto.startswith(alvo + "/") for aberto in abertos())
+    return recusada
+for nome in ("replace", "rename", "unlink", "remove"):
+    setattr(os, nome, recusar(getattr(os, nome)))
+import builtins, locale, sys
+locale.getpreferredencoding = lambda *_: "cp1252"
+"""
+
+
+def test_nada_que_esta_aberto_e_trocado_nem_apagado_como_o_windows_exige(saida: Path, base: Path) -> None:
+    ambiente = {"PYTHONIOENCODING": "cp850"}
+    Execucao(saida, base, antes=COMO_NO_WINDOWS, **ambiente).terminar()
+    mudada = Execucao(saida, base, "--quantizacoes-gguf", "q5_0", antes=COMO_NO_WINDOWS, **ambiente)
+    assert "mudou QUANTIZACOES_GGUF" in mudada.terminar()
+    assert not list(saida.rglob(f"{ft.PARCIAL}*")) and json.loads((saida / "execucao.json").read_text("utf-8"))
+
+
+def test_o_que_se_escreve_tem_nome_que_o_windows_aceita_e_quebra_de_linha_simples(
+    intacta: tuple[Path, dict[str, str]],
+) -> None:
+    reservados = {"con", "prn", "aux", "nul", *(f"{porta}{n}" for porta in ("com", "lpt") for n in range(1, 10))}
+    for escrito in intacta[0].rglob("*"):
+        relativo = escrito.relative_to(intacta[0])
+        assert not re.search(r'[<>:"|?*\\]|[. ]$', escrito.name), relativo
+        assert escrito.name.partition(".")[0].lower() not in reservados and len(str(relativo)) < 120, relativo
+        if escrito.suffix in (".json", ".jinja", ".md", ".log") or escrito.name == "Modelfile":
+            assert b"\r" not in escrito.read_bytes(), relativo
+    programa = Path(ft.__file__).read_text(encoding="utf-8")
+    assert "symlink" not in programa and "os.fork" not in programa
+    assert programa.count("get_context(") == programa.count('get_context("spawn")') >= 2

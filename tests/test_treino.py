@@ -58,10 +58,61 @@ def test_a_linha_cheia_da_a_mesma_perda_e_os_mesmos_gradientes_que_um_por_um(
     perda, juntos = gradientes(modelo, [exemplos])
     esperada, sozinhos = gradientes(modelo, [[exemplo] for exemplo in exemplos])
     assert perda == pytest.approx(esperada, abs=1e-5)
-    assert len(juntos) == 16
+    assert len(juntos) == 8
     for nome, gradiente in juntos.items():
         assert sozinhos[nome].abs().max() > 1e-4, nome
         assert (gradiente - sozinhos[nome]).abs().max() < 1e-5, nome
+
+
+def test_recalcular_qualquer_numero_de_camadas_da_a_mesma_perda_e_os_mesmos_gradientes(
+    phi3: Path, exemplos: list[dict[str, Any]]
+) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    obtidos = []
+    for quantas in range(3):
+        preparo = preparar(phi3)._replace(recalculadas=quantas)
+        modelo = ft.etapa_4_lora(ft.ler_opcoes([]), ft.etapa_3_modelo(preparo, ft.etapa_2_quantizacao("cpu"))[1])
+        camadas = [c for c in modelo.modules() if isinstance(c, GradientCheckpointingLayer)]
+        assert [c.gradient_checkpointing for c in camadas] == [i < quantas for i in range(2)], "as primeiras"
+        torch.manual_seed(0)
+        for nome, parametro in modelo.named_parameters():
+            if "lora_B" in nome:
+                torch.nn.init.normal_(parametro, std=0.05)
+        modelo.config.use_cache = False
+        with torch.autocast("cpu", torch.bfloat16):
+            obtidos.append(gradientes(modelo.train(), [exemplos]))
+    for perda, dos_adaptadores in obtidos[1:]:
+        assert perda == obtidos[0][0]
+        assert all(torch.equal(gradiente, obtidos[0][1][nome]) for nome, gradiente in dos_adaptadores.items())
+        assert max(gradiente.abs().max() for gradiente in dos_adaptadores.values()) > 1e-4
+
+
+def test_o_estado_paginado_lido_de_um_checkpoint_perde_a_marca_antes_do_primeiro_passo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes
+    from transformers import TrainerControl, TrainerState
+
+    def novo() -> tuple[torch.nn.Parameter, Any]:
+        peso = torch.nn.Parameter(torch.ones(512, 512))
+        peso.grad = torch.ones_like(peso)
+        return peso, bitsandbytes.optim.PagedAdamW8bit([peso])
+
+    peso, otimizador = novo()
+    otimizador.step()
+    for valor in otimizador.state[peso].values():
+        if isinstance(valor, torch.Tensor):
+            valor.is_paged = True  # como numa placa, onde é memória gerenciada
+    torch.save(otimizador.state_dict(), tmp_path / "optimizer.pt")
+    peso, otimizador = novo()
+    otimizador.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    # aqui a memória é comum, e paginá-la encerraria o processo
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda *_: pytest.fail("paginou memória comum"))
+    assert otimizador.state[peso]["state1"].is_paged, "a marca sobrevive à leitura"
+    ft.acompanhar(None, tmp_path).on_train_begin(None, TrainerState(), TrainerControl(), optimizer=otimizador)
+    assert not otimizador.state[peso]["state1"].is_paged
+    otimizador.step()
 
 
 def test_as_duas_atencoes_dao_a_mesma_perda_que_o_rotulo_comum(phi3: Path, exemplos: list[dict[str, Any]]) -> None:
@@ -173,10 +224,11 @@ def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mi
         ft.ler_opcoes(["--max-length", "1", "--max-tokens-por-linha", "1"]), AutoConfig.from_pretrained(phi3), "cpu"
     )
     assert medido > 1e6
-    assert estimado[False] - sem_tokens[False] == pytest.approx(medido, rel=0.15)
+    assert estimado[0] - sem_tokens[0] == pytest.approx(medido, rel=0.1)
     parametros, _, phi3_mini = ft.estimar_memoria(ft.ler_opcoes([]), Phi3Config(), "cuda")
     assert parametros == 3_821_079_552
-    assert 2.2e9 < phi3_mini[True] < 7.0 * 2**30 < phi3_mini[False]
+    assert 2.2e9 < phi3_mini[-1] < 7.0 * 2**30 < phi3_mini[0]
+    assert len(phi3_mini) == 33 and phi3_mini[1:] == sorted(phi3_mini[1:], reverse=True)
 
 
 def test_as_linhas_tem_cada_exemplo_uma_vez_e_quase_sem_sobra() -> None:
@@ -283,3 +335,81 @@ def test_os_exemplos_ficam_guardados_e_o_que_se_estragou_no_disco_nao_e_usado(ph
     menos = ft.codificar_dados(cfg, pares[:20], tokenizer)
     assert menos["input_ids"][:] == [exemplo["input_ids"] for exemplo in certos[:20]]
     assert not guardado.exists(), "os textos de antes não ficam"
+
+
+def treinar_curto(phi3: Path, saida: Path, *opcoes: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Treina em quatro exemplos reais, cortados; devolve o que a etapa 7 mediu e o adaptador que gravou."""
+    from datasets import Dataset
+    from safetensors.torch import load_file
+
+    comuns = ["--dir-saida", str(saida), "--max-length", "60", "--max-tokens-por-linha", "240"]
+    comuns += ["--optim", "adamw_torch"]
+    cfg = ft.ler_opcoes([*comuns, *opcoes])
+    campos = ("input_ids", "labels")
+    exemplos = [{campo: e[campo][:60] for campo in campos} | {"tokens": 60} for e in exemplos_reais(phi3, 8)]
+    quantizacao = ft.etapa_2_quantizacao("cpu")
+    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(preparar(phi3), quantizacao)[1])
+    argumentos = ft.etapa_6_argumentos(cfg, preparar(phi3), quantizacao)
+    medido = ft.etapa_7_treinamento(
+        cfg, modelo, Dataset.from_list(exemplos[:4]), Dataset.from_list(exemplos[4:]), argumentos
+    )
+    return medido, load_file(saida / "adaptador_lora" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def que_decora(phi3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """O Phi-3 minúsculo com a projeção de saída seis vezes maior: consegue ter certeza, e portanto decorar."""
+    from safetensors.torch import load_file, save_file
+
+    pasta = Path(shutil.copytree(phi3, tmp_path_factory.mktemp("decora") / "base"))
+    pesos = load_file(pasta / "model.safetensors")
+    pesos["lm_head.weight"] = pesos["lm_head.weight"] * 6
+    save_file(pesos, pasta / "model.safetensors", metadata={"format": "pt"})
+    return pasta
+
+
+DECORAR = ["--num-train-epochs", "40", "--learning-rate", "0.01", "--lr-scheduler-type", "constant"]
+DECORAR += ["--save-steps", "5", "--lora-r", "64"]
+
+
+def test_de_um_treino_que_decora_fica_o_adaptador_de_menor_perda_e_nao_o_ultimo(
+    que_decora: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    medido, entregue = treinar_curto(que_decora, tmp_path, *DECORAR)
+    validacao = {passo: valor for passo, nome, valor in medido["curva"] if nome == "eval_perda" and passo}
+    assert medido["depois"] == min(validacao.values()) == validacao[medido["passo"]]
+    assert medido["ultimo"] == validacao[max(validacao)] > medido["depois"] + 0.05, "o último é pior"
+    guardados = {c.name: load_file(c / "adapter_model.safetensors") for c in ft.checkpoints(tmp_path / "checkpoints")}
+    iguais = {n for n, a in guardados.items() if all(torch.equal(a[nome], v) for nome, v in entregue.items())}
+    assert iguais == {f"checkpoint-{medido['passo']}"} and len(guardados) == 3, "os dois últimos e o melhor"
+
+
+def test_com_paciencia_o_treino_para_e_retomado_para_no_mesmo_passo_com_o_mesmo_adaptador(
+    que_decora: Path, tmp_path: Path
+) -> None:
+    medido, entregue = treinar_curto(que_decora, tmp_path / "inteiro", *DECORAR, "--paciencia", "2")
+    medidas = [passo for passo, nome, _ in medido["curva"] if nome == "eval_perda"]
+    assert medidas[-1] == medido["passo"] + 2 * 5
+    # uma queda antes da última medida, com a paciência já gasta em parte
+    shutil.copytree(tmp_path / "inteiro", tmp_path / "caido")
+    shutil.rmtree(tmp_path / "caido" / "checkpoints" / f"checkpoint-{medidas[-1]}")
+    shutil.rmtree(tmp_path / "caido" / "adaptador_lora")
+    retomado, do_retomado = treinar_curto(que_decora, tmp_path / "caido", *DECORAR, "--paciencia", "2")
+    assert (retomado["passo"], retomado["depois"]) == (medido["passo"], medido["depois"])
+    assert [ponto[0] for ponto in retomado["curva"]] == [ponto[0] for ponto in medido["curva"]]
+    assert all(torch.equal(do_retomado[nome], valor) for nome, valor in entregue.items())
+
+
+def test_n_linhas_por_lote_dao_as_mesmas_perdas_que_n_lotes_somados(phi3: Path, tmp_path: Path) -> None:
+    opcoes = ["--num-train-epochs", "4", "--learning-rate", "0.01", "--logging-steps", "1"]
+    opcoes += ["--max-tokens-por-linha", "60"]
+    curvas = [
+        treinar_curto(phi3, tmp_path / nome, *opcoes, f"--{nome}", "2")[0]["curva"]
+        for nome in ("per-device-train-batch-size", "gradient-accumulation-steps")
+    ]
+    for (passo, nome, valor), (outro, _, acumulado) in zip(*curvas, strict=True):
+        assert passo == outro and valor == pytest.approx(acumulado, abs=1e-2), nome  # o arredondamento em bf16
+    perdas = [valor for _, nome, valor in curvas[0] if nome == "loss"]
+    assert len(perdas) == 8 and perdas[0] - perdas[-1] > 0.1

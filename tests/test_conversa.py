@@ -1,0 +1,133 @@
+"""A conversa no terminal com o GGUF que a execução entregou."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAMA, RAIZ, SEM_REDE, executar
+
+import fine_tuning_saude as ft
+
+
+@pytest.fixture(scope="module")
+def sem_rede(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """O ambiente em que toda tentativa de usar a rede é recusada e fica escrita."""
+    pasta = tmp_path_factory.mktemp("sem_rede")
+    (pasta / "sitecustomize.py").write_text(SEM_REDE)
+    return {**os.environ, "PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(pasta / "tentativas.txt")}
+
+
+class Terminal:
+    """O programa num terminal de mentira, com o que ele já escreveu."""
+
+    def __init__(self, ambiente: dict[str, str], *opcoes: object) -> None:
+        self.mestre, escravo = pty.openpty()
+        comando = [sys.executable, str(PROGRAMA), *map(str, opcoes)]
+        abertos = dict(stdin=escravo, stdout=escravo, stderr=escravo)
+        self.processo = subprocess.Popen(comando, cwd=RAIZ, env=ambiente, start_new_session=True, **abertos)
+        os.close(escravo)
+        self.dito = ""
+
+    def ler_ate(self, texto: str, vezes: int = 1) -> None:
+        """Lê até que `texto` tenha aparecido `vezes` vezes."""
+        prazo = time.monotonic() + 60
+        while self.dito.count(texto) < vezes:
+            assert time.monotonic() < prazo, f"não apareceu {texto!r}:\n{self.dito}"
+            if select.select([self.mestre], [], [], 0.1)[0]:
+                self.dito += os.read(self.mestre, 65536).decode(errors="replace")
+
+    def escrever(self, texto: str) -> None:
+        """Digita uma linha."""
+        os.write(self.mestre, f"{texto}\n".encode())
+
+
+def test_a_conversa_mostra_o_aviso_responde_para_no_ctrl_c_e_sai(
+    execucao_phi3: tuple[Path, dict], sem_rede: dict[str, str]
+) -> None:
+    saida = execucao_phi3[0]
+    antes = {a: a.stat().st_mtime_ns for a in saida.rglob("*")}
+    terminal = Terminal(sem_rede, "--conversar", "--dir-saida", saida)
+    terminal.ler_ate("\n> ")
+    assert terminal.dito.lstrip().startswith("Não substitui protocolos nem profissionais")
+    terminal.escrever("quem toma a vacina da gripe?")
+    terminal.ler_ate("gripe?")
+    inicio = len(terminal.dito)
+    while len(terminal.dito) < inicio + 20:  # as palavras vêm aos poucos, e não no fim
+        terminal.ler_ate(terminal.dito[:1])
+        terminal.dito += os.read(terminal.mestre, 64).decode(errors="replace")
+    os.kill(terminal.processo.pid, signal.SIGINT)
+    terminal.ler_ate("(interrompida)")
+    terminal.ler_ate("\n> ", 2)
+    terminal.escrever("e <|end|> agora?")
+    terminal.ler_ate("A pergunta traz um token de controle do modelo.")
+    terminal.ler_ate("\n> ", 3)
+    terminal.escrever("/sair")
+    assert terminal.processo.wait(20) == 0
+    assert {a: a.stat().st_mtime_ns for a in saida.rglob("*")} == antes, "não escreve arquivo nenhum"
+    assert not Path(sem_rede["TENTATIVAS_DE_REDE"]).exists(), "não usa a rede"
+    assert "Traceback" not in terminal.dito
+
+
+def test_perguntar_escreve_so_a_resposta_a_mesma_do_llama_cpp_e_acaba(execucao_phi3: tuple[Path, dict]) -> None:
+    import llama_cpp
+
+    saida, registro = execucao_phi3
+    feito = executar("--perguntar", "O que é APS?", "--dir-saida", saida)
+    assert feito.returncode == 0 and "SAMU 192" in feito.stderr, feito.stderr
+    modelo = llama_cpp.Llama(str(saida / registro["gguf"][-1]["arquivo"]), n_ctx=1024, verbose=False)
+    conversa = [{"role": "user", "content": "O que é APS?"}]
+    esperada = modelo.create_chat_completion(conversa, temperature=0.0, max_tokens=512)["choices"][0]["message"]
+    modelo.close()
+    assert feito.stdout == esperada["content"] + "\n"
+
+
+def test_sem_modelo_pronto_ou_com_pergunta_que_nao_cabe_diz_o_que_fazer(
+    execucao_phi3: tuple[Path, dict], tmp_path: Path
+) -> None:
+    feito = executar("--conversar", "--dir-saida", tmp_path)
+    assert feito.returncode == 2 and "não tem um modelo pronto: treine antes" in feito.stderr
+    for pergunta in ("", "palavra " * 2000):
+        feito = executar("--perguntar", pergunta, "--dir-saida", execucao_phi3[0])
+        assert feito.returncode == 2 and "está vazia, ou é longa demais" in feito.stderr
+        assert "Traceback" not in feito.stderr and not feito.stdout
+
+
+def test_o_historico_que_ja_nao_cabe_no_contexto_e_esquecido_do_mais_antigo(
+    execucao_phi3: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pedidos = []
+    original = ft.prompt_servido
+
+    def anotar(modelo: object, falas: list[dict[str, str]]) -> tuple[str, list[int]]:
+        pedidos.append([fala["content"] for fala in falas if fala["role"] == "user"])
+        return original(modelo, falas)
+
+    ditas = iter([f"pergunta {i} " + "longa " * 60 for i in range(4)] + ["/sair"])
+    monkeypatch.setattr(ft, "prompt_servido", anotar)
+    monkeypatch.setattr("builtins.input", lambda _: next(ditas))
+    ft.conversar(ft.ler_opcoes(["--conversar", "--dir-saida", str(execucao_phi3[0])]))
+    assert len(pedidos[-1]) < 4 and pedidos[-1][-1].startswith("pergunta 3"), "a última fica, as primeiras saem"
+    assert not any("pergunta 0" in pergunta for pergunta in pedidos[-1])
+
+
+def test_as_respostas_geradas_juntas_sao_as_de_uma_por_vez(execucao_phi3: tuple[Path, dict]) -> None:
+    import llama_cpp
+    from conftest import linhas_reais
+
+    saida, registro = execucao_phi3
+    modelo = llama_cpp.Llama(str(saida / registro["gguf"][0]["arquivo"]), n_ctx=1024, verbose=False)
+    perguntas = [linha["input"] for linha in linhas_reais(11)]  # mais que as que vão juntas de cada vez
+    prompts = [ft.prompt_servido(modelo, [{"role": "user", "content": pergunta}])[1] for pergunta in perguntas]
+    juntas = list(ft.responder_juntas(modelo, prompts, 12))
+    assert len(juntas) == 11
+    for prompt, (ids, terminou) in zip(prompts, juntas, strict=True):
+        sozinha = modelo.create_completion(prompt, max_tokens=12, temperature=0.0)["choices"][0]
+        assert modelo.detokenize(ids).decode(errors="replace") == sozinha["text"]
+        assert terminou == (sozinha["finish_reason"] == "stop")
+    modelo.close()
