@@ -27,6 +27,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -110,7 +111,7 @@ QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; o primeiro fica em novo
 ADAPTADOR_GGUF = False  # também o adaptador sozinho, em novo_modelo-adaptador.gguf, para somar a uma base que já se tem
 MAX_SHARD_SIZE = "1GB"  # tamanho máximo de cada safetensors do modelo final; gravá-lo pede outro tanto de memória
 EXEMPLOS_IMATRIX = 64  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
-EXEMPLOS_PROVA = 32  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
+EXEMPLOS_PROVA = 24  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
 MAX_NEW_TOKENS = 128  # tokens de cada resposta gerada na prova
 
 
@@ -271,6 +272,7 @@ def etapa_3_modelo(
     if dispositivo == "cuda":  # no Windows a placa cheia passa a usar a RAM e o treino se arrasta: melhor que falte
         livre, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(livre / total)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # onde é o preferido, faz um plano para cada comprimento de exemplo
     modelo = AutoModelForCausalLM.from_pretrained(
         preparo.dir_base,
         quantization_config=quantizacao,
@@ -616,6 +618,8 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         parser.error("QUANTIZACOES_GGUF precisa de ao menos um tipo, como q8_0")
     if cfg.GRADIENT_CHECKPOINTING not in ("sim", "nao", "auto"):
         parser.error(f"GRADIENT_CHECKPOINTING é sim, nao ou auto, e está {cfg.GRADIENT_CHECKPOINTING}")
+    if cfg.REPORT_TO not in ("none", "tensorboard", "wandb"):
+        parser.error(f"REPORT_TO é none, tensorboard ou wandb, e está {cfg.REPORT_TO}")
     if not 0 <= cfg.SEED < 2**32:
         parser.error(f"SEED deve ficar entre 0 e 4294967295, e é {cfg.SEED}")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", cfg.MAX_SHARD_SIZE.upper()):
@@ -673,6 +677,8 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
         raise ErroDeUso(f"{', '.join(com_matriz)} pede EXEMPLOS_IMATRIX maior que zero.")
     if os.name == "nt" and not cfg.DIR_SAIDA.isascii():  # o llama.cpp abre o arquivo na página de código antiga
         raise ErroDeUso(f"no Windows, o llama.cpp não grava em pasta com acento ({cfg.DIR_SAIDA}): mude DIR_SAIDA.")
+    if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
+        raise ErroDeUso(f"REPORT_TO pede um pacote que falta: python -m pip install {cfg.REPORT_TO}; ou use none.")
     llama_cpp = Path(cfg.DIR_LLAMA_CPP)
     if llama_cpp.exists() and not (llama_cpp / "convert_hf_to_gguf.py").is_file() and any(llama_cpp.iterdir()):
         raise ErroDeUso(f"a pasta {llama_cpp} não tem convert_hf_to_gguf.py: apague-a, ou clone nela o llama.cpp.")
@@ -718,30 +724,24 @@ def conferir_dispositivo(cfg: argparse.Namespace, dispositivo: str, a_parte: boo
     Uma placa para a qual o torch não tem código, uma DLL que não carrega, um otimizador que encerra o processo: melhor
     saber antes de baixar e converter o modelo base.
     """
-    import torch
-
-    com_cuda = (torch.version.cuda and f"torch de CUDA {torch.version.cuda}") or "torch de CPU"
+    do_bitsandbytes = f"bitsandbytes=={metadata.version('bitsandbytes')}"
     remedios = {
-        "multiplicar matrizes": f"o {com_cuda} não serve a ela; ponha o driver em dia e instale o torch pela linha do "
-        "README",
-        "treinar uma camada de 4 bits": "reinstale com python -m pip install --force-reinstall --no-deps bitsandbytes=="
-        + metadata.version("bitsandbytes"),
+        "multiplicar matrizes": "ponha em dia o driver da placa e instale o torch pela linha do README",
+        "treinar uma camada de 4 bits": f"python -m pip install --force-reinstall --no-deps {do_bitsandbytes}",
         f"um passo de {cfg.OPTIM}": "mude OPTIM, por exemplo para adamw_torch_fused",
     }
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processo:
         for o_que, remedio in remedios.items():
+            tentar = functools.partial(experimentar, o_que, dispositivo, cfg.OPTIM)
             try:
-                if a_parte:
-                    processo.submit(experimentar, o_que, dispositivo, cfg.OPTIM).result()
-                else:
-                    experimentar(o_que, dispositivo, cfg.OPTIM)
+                processo.submit(tentar).result() if a_parte else tentar()
                 continue
             except BrokenProcessPool:
                 motivo = "o processo que tentou foi encerrado"
             except Exception as erro:  # cada biblioteca falha a seu modo
-                motivo = f"{type(erro).__name__}: {str(erro).strip().splitlines()[0] if str(erro).strip() else ''}"
+                motivo = f"{type(erro).__name__}: {str(erro).strip().partition(chr(10))[0][:200]}"
             maquina = descrever_maquina(dispositivo)
-            raise ErroDeUso(f"nesta máquina ({maquina}) não funciona {o_que} ({motivo[:200]}): {remedio}.")
+            raise ErroDeUso(f"nesta máquina ({maquina}) não funciona {o_que} ({motivo}): {remedio}.")
 
 
 def experimentar(o_que: str, dispositivo: str, optim: str) -> None:
@@ -1431,14 +1431,13 @@ def atencao_por_exemplo(
     """Atenção causal dentro de cada exemplo da linha, que o `sdpa` com máscara densa calcularia entre todos.
 
     `query`, `key` e `value` são (1, cabeças, tokens, dimensão) e `cu_seq_lens_q` traz onde cada exemplo começa, e o
-    fim. Dá o mesmo que o `sdpa`, a menos do arredondamento, sem o trabalho que a máscara joga fora.
+    fim. Dá o mesmo que o `sdpa`, a menos do arredondamento, sem o trabalho que a máscara joga fora. Nenhum exemplo
+    passa da janela da camada, se ela tem uma (`conferir_exemplos`).
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     tamanhos = [fim - inicio for inicio, fim in itertools.pairwise(cu_seq_lens_q)]
-    if max(tamanhos) > (janela := opcoes.get("sliding_window") or math.inf):
-        raise FalhaNaExecucao(f"o modelo base só vê {janela} tokens de cada vez: baixe MAX_LENGTH até esse número.")
     na_cpu, maior = query.device.type == "cpu", min(max(tamanhos), POR_EXTENSO_ATE)
     futuro = query.new_full((maior, maior), -math.inf).triu_(1) if na_cpu else None
 
@@ -1638,8 +1637,9 @@ def acompanhar(linhas: Linhas, pasta: Path) -> Any:
                     valor.is_paged = False
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            mostrados = ("loss", "eval_perda", "eval_runtime", "grad_norm", "learning_rate")
+            mostrados = ("loss", "eval_perda", "grad_norm", "learning_rate")
             valores = ", ".join(f"{nome} {logs[nome]:.4g}" for nome in mostrados if nome in logs)
+            valores += f" (medida em {logs['eval_runtime']:.0f} s)" if "eval_runtime" in logs else ""
             gasto, feitos = time.perf_counter() - self.inicio, state.global_step - self.primeiro
             falta = gasto / max(feitos, 1) * (state.max_steps - state.global_step)
             if valores:
@@ -1962,9 +1962,10 @@ Prompts = tuple[tuple[str, str, list[int]], ...]  # (pergunta, prompt, ids) de c
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
 # divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
 KL_MAXIMA = {"merge": 0.001, "f16": 0.001, "adaptador": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
-# variância do que mudou nos logits, como fração da variância deles: o merge e a conversão são exatos (1e-5 e 1e-6 no
-# SmolLM2; duas linhas trocadas de um tensor, num modelo minúsculo, dão 3e-3), e a quantização, não
-RUIDO_MAXIMO = {"merge": 1e-4, "f16": 1e-4, "adaptador": 1e-3, "quantização": 0.2}
+# variância do que mudou nos logits, como fração da variância deles. A conversão é exata (1e-6 no SmolLM2, 1e-5 na forma
+# do Phi-3-mini), e o merge arredonda a soma em bf16 (1e-5 e 2e-4); duas linhas trocadas de um tensor, num modelo
+# minúsculo, dão 3e-3
+RUIDO_MAXIMO = {"merge": 1e-3, "f16": 1e-4, "adaptador": 1e-3, "quantização": 0.2}
 RESPOSTAS_JUNTAS = 8  # conversas em que a prova gera ao mesmo tempo; mais pedem mais memória e já não poupam tempo
 TOKENS_DO_DIA = 48  # de cada resposta da base às perguntas de outros assuntos
 PERGUNTAS_DO_DIA = (
@@ -2411,15 +2412,15 @@ def conversar(cfg: argparse.Namespace) -> None:
     while True:
         try:
             dita = input("\n> ") if cfg.PERGUNTAR is None else cfg.PERGUNTAR
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
-        if dita.strip() == "/sair":
+        if (dita := unicodedata.normalize("NFC", dita).strip()) == "/sair":  # como os dados que o modelo viu
             return
-        falas.append({"role": "user", "content": dita.strip()})
+        falas.append({"role": "user", "content": dita})
         while len(ids := prompt_servido(modelo, falas)[1]) > resposta and len(falas) > 1:
             del falas[:2]  # o que já não cabe no contexto é a pergunta mais antiga e a resposta a ela
         controle = modelo.tokenize(dita.encode(), add_bos=False) != modelo.tokenize(dita.encode(), False, special=True)
-        if not dita.strip() or len(ids) > resposta or controle:
+        if not dita or len(ids) > resposta or controle:
             por_que = "traz um token de controle do modelo" if controle else "está vazia, ou é longa demais"
             if cfg.PERGUNTAR is not None:
                 raise ErroDeUso(f"a pergunta {por_que}.")
@@ -2621,6 +2622,9 @@ def selar_checkpoint(novo: Path, melhor: int | None) -> None:
     """Tira do checkpoint o que não serve, sela-o (`selar`), e só deixa com ele o anterior e o do passo `melhor`."""
     for inutil in ("training_args.bin", "README.md"):  # nada os lê, e trazem caminhos desta máquina
         (novo / inutil).unlink()
+    estado = json.loads((novo / "trainer_state.json").read_text(encoding="utf-8"))
+    estado["best_model_checkpoint"] = None  # também um caminho; o passo dele está ao lado
+    gravar_inteiro(novo / "trainer_state.json", json.dumps(estado, indent=2) + "\n")
     selar(novo)
     for antigo in checkpoints(novo.parent)[2:]:
         if antigo.name != f"checkpoint-{melhor}":

@@ -187,7 +187,6 @@ def treinar_nosso(cfg: argparse.Namespace, relogio: Relogio) -> tuple[Any, dict[
 
     transformers.Trainer.__init__ = com_relogio
     argumentos = ft.etapa_6_argumentos(cfg, preparar_etapas(base), quantizacao)
-    argumentos.eval_strategy = "no"
     ft.etapa_7_treinamento(cfg, modelo, treino, validacao, argumentos)
     return modelo, relogio.medidas(cfg.GRADIENT_ACCUMULATION_STEPS), validacao
 

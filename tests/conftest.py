@@ -240,5 +240,5 @@ def demonstracao(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def execucao_phi3(tmp_path_factory: pytest.TempPathFactory, phi3: Path) -> tuple[Path, dict]:
     """As nove etapas sobre o Phi-3 minúsculo: a pasta de saída e o registro."""
     saida = tmp_path_factory.mktemp("execucao") / "saída com espaço"
-    registro = executar_ate_o_fim("--modelo-base", phi3, "--dir-saida", saida, *OPCOES_RAPIDAS)
+    registro = executar_ate_o_fim("--modelo-base", phi3, "--dir-saida", saida, *OPCOES_RAPIDAS, "--adaptador-gguf")
     return saida, registro

@@ -2,7 +2,8 @@
 
 Monta um modelo da forma do Phi-3-mini (3,8 bilhões de pesos sorteados, o vocabulário real, janela de 2.047), executa o
 programa pelas nove etapas com as constantes dele, menos as que encurtam o treino, para-o uma vez no treino e uma na
-etapa 9, continua, e imprime por etapa o tempo, o pico de memória e os bytes escritos. Pede 24 GB de memória, 45 GB de
+etapa 9, continua, e imprime por etapa o tempo, o pico de memória e os bytes escritos; a memória que o programa
+estimou está no que ele diz na etapa 1. Pede 24 GB de memória, 45 GB de
 disco e mais de uma hora em 2 núcleos livres.
 """
 
@@ -23,7 +24,7 @@ from modelos import construir_phi3
 
 import fine_tuning_saude as ft
 
-# cem exemplos: 32 na validação, que a prova usa todos, e 68 no treino, de que a importance matrix usa 64; dois passos
+# cem exemplos: 32 na validação, mais que os da prova, e 68 no treino, de que a importance matrix usa 64; dois passos
 OPCOES = ["--treinar-na-cpu", "--max-exemplos", "100", "--fracao-validacao", "0.32", "--max-tokens-por-linha", "1024"]
 OPCOES += ["--num-train-epochs", "0.15", "--save-steps", "1", "--logging-steps", "1"]
 PARADAS = (r"passo 2/\d+: loss", r"base quantizado em")  # o que o programa diz quando se para
@@ -48,6 +49,12 @@ def montar_base(pasta: Path) -> Path:
     )
     torch.set_default_dtype(torch.bfloat16)
     modelo = Phi3ForCausalLM(config)
+    # como o GPT-2: o que cada bloco soma ao resto é dividido pela raiz do número deles. Sem isto, um modelo sorteado
+    # deste tamanho amplifica cada erro de arredondamento, e nenhuma quantização de 4 bits fica perto dele
+    with torch.no_grad():
+        for nome, peso in modelo.named_parameters():
+            if nome.endswith(("o_proj.weight", "down_proj.weight")):
+                peso /= (2 * config.num_hidden_layers) ** 0.5
     modelo.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[32000, 32007], pad_token_id=32000)
     modelo.save_pretrained(pasta, max_shard_size="1GB")
     return pasta
@@ -64,8 +71,8 @@ class Medida:
         self.fio = fio
 
     def amostrar(self) -> None:
-        """A cada meio segundo, a memória do programa e dos filhos, sem as páginas de arquivos, e o que escreveram."""
-        while not self.fim.wait(0.5):
+        """A cada dois segundos, a memória do programa e dos filhos, sem as páginas de arquivos, e o que escreveram."""
+        while not self.fim.wait(2):
             soma = 0
             for processo in [self.raiz, *self.filhos()]:
                 try:
@@ -94,6 +101,7 @@ class Medida:
 def executar(comando: list[str], parar_em: str | None) -> dict[str, tuple[float, int, int]]:
     """Executa até o fim ou até que o programa diga `parar_em`; {etapa: (segundos, memória, bytes escritos)}."""
     ambiente = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    del ambiente["OMP_WAIT_POLICY"]  # a dos testes; o programa espera como o OpenMP espera
     processo = subprocess.Popen(comando, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ambiente)
     medida, parado = Medida(processo), False
     for linha in processo.stdout:
@@ -119,7 +127,9 @@ def main() -> None:
         montar_base(base)
     comando = [sys.executable, str(PROGRAMA), "--modelo-base", str(base), "--dir-saida", str(pasta / "saida")]
     comando += ["--dir-llama-cpp", str(RAIZ / "llama.cpp"), *OPCOES, *resto]
-    vezes = [executar(comando, parar_em) for parar_em in (*PARADAS, None)]
+    # a primeira recalcula as ativações de todas as camadas, para medir também essa memória
+    mais = (["--gradient-checkpointing", "sim"], [], [])
+    vezes = [executar([*comando, *dela], parar_em) for dela, parar_em in zip(mais, (*PARADAS, None), strict=True)]
     print("\n| execução | etapa | tempo | pico de memória | escrito |\n|---|---|---:|---:|---:|")
     for nome, etapas in zip(("até a parada no treino", "até a parada na etapa 9", "até o fim"), vezes, strict=True):
         for etapa, (segundos, memoria, escrito) in etapas.items():

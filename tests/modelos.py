@@ -113,6 +113,15 @@ def escrever_tokenizer_model(vocabulario_gguf: Path, destino: Path) -> list[str]
     return tokens[32000:32011]
 
 
+def vocabulario_e_notas(tokenizer_model: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """O id e a nota de cada peça de um `tokenizer.model`."""
+    from sentencepiece import SentencePieceProcessor
+
+    sp = SentencePieceProcessor(str(tokenizer_model))
+    ids = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    return ids, {peca: sp.get_score(i) for peca, i in ids.items()}
+
+
 def construir_phi3(destino: Path, vocabulario_gguf: Path, normalizador_prefixa: bool = False) -> Path:
     """Escreve em `destino` um Phi-3 inteiro de 2 camadas: config, pesos em bf16, tokenizer e chat template reais.
 
@@ -121,6 +130,7 @@ def construir_phi3(destino: Path, vocabulario_gguf: Path, normalizador_prefixa: 
     """
     import torch
     from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM
+    from transformers.convert_slow_tokenizer import generate_merges
 
     destino.mkdir(parents=True)
     acrescentados = escrever_tokenizer_model(vocabulario_gguf, destino)
@@ -152,12 +162,15 @@ def construir_phi3(destino: Path, vocabulario_gguf: Path, normalizador_prefixa: 
         encoding="utf-8",
     )
     AutoTokenizer.from_pretrained(destino).save_pretrained(destino)
+    tokenizer = json.loads((destino / "tokenizer.json").read_text(encoding="utf-8"))
+    # o tokenizer.json publicado funde na ordem das notas, em que a de dois espaços vem no fim; o transformers 5 escreve
+    # as fusões na ordem dos ids, em que ela vem primeiro, e nem o sentencepiece nem o llama.cpp leem assim dois espaços
+    tokenizer["model"]["merges"] = generate_merges(*vocabulario_e_notas(destino / "tokenizer.model"))
     if normalizador_prefixa:
-        tokenizer = json.loads((destino / "tokenizer.json").read_text(encoding="utf-8"))
         espacos = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, espacos]}
         tokenizer["pre_tokenizer"] = None
-        (destino / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (destino / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     torch.manual_seed(0)
     config = Phi3Config(
         vocab_size=32064,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMA, RAIZ, SEM_REDE, executar
+from conftest import RAIZ, SEM_REDE, executar
 
 import fine_tuning_saude as ft
 
@@ -23,12 +23,23 @@ def sem_rede(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(pasta / "tentativas.txt")}
 
 
+# o modelo minúsculo escreve tudo antes que se possa interrompê-lo: cada token espera um pouco
+DEVAGAR = f"""
+import sys, time, llama_cpp
+sys.path.insert(0, {str(RAIZ)!r})
+import fine_tuning_saude as ft
+avaliar = llama_cpp.Llama.eval
+llama_cpp.Llama.eval = lambda modelo, tokens: (time.sleep(0.02), avaliar(modelo, tokens))[1]
+sys.exit(ft.main(sys.argv[1:]))
+"""
+
+
 class Terminal:
     """O programa num terminal de mentira, com o que ele já escreveu."""
 
     def __init__(self, ambiente: dict[str, str], *opcoes: object) -> None:
         self.mestre, escravo = pty.openpty()
-        comando = [sys.executable, str(PROGRAMA), *map(str, opcoes)]
+        comando = [sys.executable, "-c", DEVAGAR, *map(str, opcoes)]
         abertos = dict(stdin=escravo, stdout=escravo, stderr=escravo)
         self.processo = subprocess.Popen(comando, cwd=RAIZ, env=ambiente, start_new_session=True, **abertos)
         os.close(escravo)

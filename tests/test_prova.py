@@ -137,10 +137,12 @@ def test_um_modelo_que_hesita_entre_tokens_passa_se_a_divergencia_e_pequena() ->
         ft.exigir_fidelidade("q4_k_m", "", estragado)
 
 
-def lado(nll: float, respostas: list[str], terminou: bool) -> dict:
-    """O que `provar_gguf` devolveria para estas respostas."""
+def lado(nll: float, respostas: list[str], terminou: bool, do_dia: float | None = None) -> dict:
+    """O que `provar_gguf` devolveria para estas respostas, e para as de outros assuntos, se vem a NLL delas."""
     por_exemplo = [{"nll": nll * 10 + i, "tokens": 10} for i in range(len(respostas))]
-    return {"por_exemplo": por_exemplo, "respostas": respostas, "terminou": [terminou] * len(respostas)}
+    lembradas = [{"nll": 10 * do_dia + i / 10, "tokens": 10} for i in range(12)] if do_dia is not None else []
+    terminadas = [terminou] * len(respostas)
+    return {"por_exemplo": por_exemplo, "respostas": respostas, "terminou": terminadas, "do_dia": lembradas}
 
 
 def test_o_que_o_treino_nao_melhorou_e_dito() -> None:
@@ -158,6 +160,21 @@ def test_o_que_o_treino_nao_melhorou_e_dito() -> None:
     pior = ft.comparar_respostas(provas, lado(1, certas, True), lado(2, erradas, False), 0)
     nao = "NÃO, a perda piorou: de 1,200 a 2,200 (+83,3 %). Piorou: perda, chrF, cobertura, terminou."
     assert ft.dar_veredito(pior, 5) == nao
+
+
+def test_o_que_o_modelo_final_esqueceu_de_outros_assuntos_e_dito_numa_frase(execucao_phi3: tuple[Path, dict]) -> None:
+    provas = [{"resposta": f"A vacina {nome} fica na geladeira."} for nome in ("BCG", "VIP", "penta", "HPV", "dTpa")]
+    respostas = [prova["resposta"] for prova in provas]
+    antes = lado(2, respostas, True, do_dia=0.3)
+    for depois, esqueceu in ((0.35, False), (1.2, True)):
+        comparacao = ft.comparar_respostas(provas, antes, lado(1, respostas, True, do_dia=depois), 0)
+        assert comparacao["lembrança"][0] == pytest.approx(0.355) and comparacao["lembrança"][1] > depois
+        assert ("Esqueceu parte do que a base sabia" in ft.dar_veredito(comparacao, 5)) == esqueceu
+        assert "lembrança." not in ft.dar_veredito(comparacao, 5).partition("Esqueceu")[0], "não é melhora nem piora"
+    saida, registro = execucao_phi3
+    de, para, *_ = registro["comparacao"]["lembrança"]
+    linha = next(ln for ln in (saida / "README.md").read_text().splitlines() if "perguntas de outros assuntos" in ln)
+    assert f"| {de:.3f} | {para:.3f} |".replace(".", ",") in linha and len(set(ft.PERGUNTAS_DO_DIA)) == 12
 
 
 def test_a_cobertura_conta_numeros_e_palavras_de_conteudo() -> None:
@@ -248,6 +265,9 @@ def test_o_cartao_tem_cabecalho_medidas_curva_e_exemplos(execucao_phi3: tuple[Pa
     saida, registro = execucao_phi3
     cartao = ModelCard.load(saida / "README.md")
     assert cartao.data.language == "pt" and cartao.data.pipeline_tag == "text-generation"
+    # o adaptador sozinho, de duas matrizes pequenas por camada, provado somado à base
+    assert 100_000 < (saida / "novo_modelo-adaptador.gguf").stat().st_size < 1_000_000
+    assert "adaptador: KL " in (saida / "execucao.log").read_text(encoding="utf-8")
     for arquivo in registro["gguf"]:
         linha = next(linha for linha in cartao.text.splitlines() if f"`{arquivo['arquivo']}` |" in linha)
         assert f"{arquivo['kl']:.4f}".replace(".", ",") in linha and arquivo["tipo"] in linha
@@ -279,6 +299,17 @@ def quantizar(f16, destino, tipo, *resto):
         leitor.data.flush()
 ft.quantizar = quantizar
 """
+TROCA_O_ADAPTADOR = """
+original = ft.converter
+def converter(comando):
+    original(comando)
+    if "lora" in comando[1].name:
+        import gguf
+        leitor = gguf.GGUFReader(comando[4], "r+")
+        leitor.tensors[0].data[:] = 1
+        leitor.data.flush()
+ft.converter = converter
+"""
 SABOTAGENS = {
     "gguf_com_o_nome_da_pasta": (
         "original = ft.quantizar\n"
@@ -309,6 +340,10 @@ SABOTAGENS = {
         ),
         ["novo_modelo-q4_k_m.gguf perdeu demais na quantização", "q5_k_m: KL "],
     ),
+    "adaptador_em_gguf_que_nao_e_o_do_treino": (
+        TROCA_O_ADAPTADOR,
+        ["a base com novo_modelo-adaptador.gguf não é o modelo final"],
+    ),
     "template_sem_uma_quebra_de_linha": (
         "original = ft.converter\n"
         "def converter(comando):\n"
@@ -337,7 +372,7 @@ def test_sabotagem_e_acusada_com_mensagem_e_codigo_1(
         shutil.rmtree(tmp_path / "saida" / "modelo_final")
     programa = f"import sys\nsys.path.insert(0, {str(RAIZ)!r})\nimport fine_tuning_saude as ft\n{codigo}"
     opcoes = ["--modelo-base", phi3, "--dir-saida", tmp_path / "saida", "--dir-llama-cpp", RAIZ / "llama.cpp"]
-    comando = [executavel(), "-c", f"{programa}\nsys.exit(ft.main())", *opcoes, *OPCOES_RAPIDAS]
+    comando = [executavel(), "-c", f"{programa}\nsys.exit(ft.main())", *opcoes, *OPCOES_RAPIDAS, "--adaptador-gguf"]
     feito = subprocess.run([*map(str, comando)], cwd=RAIZ, capture_output=True, text=True, encoding="utf-8")
     assert feito.returncode == 1, feito.stdout + feito.stderr
     for dito in ditos:

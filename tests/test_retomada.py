@@ -76,11 +76,7 @@ def pronta(saida: Path, intacta: tuple[Path, dict[str, str]]) -> Path:
 
 MOMENTOS = {
     "etapa_1_conversao_da_base": existe(f"checkpoints/{ft.PARCIAL}base-*/base/*.gguf"),
-    "etapa_2": disse("[2/9]"),
-    "etapa_3": disse("[3/9]"),
-    "etapa_4": disse("[4/9]"),
-    "etapa_5": disse("[5/9]"),
-    "etapa_6": disse("[6/9]"),
+    "etapas_2_a_6": disse("[6/9]"),  # e antes, na mesma pasta, em cada uma das outras
     "etapa_7_antes_do_checkpoint": disse("passo 1/"),
     "etapa_7_checkpoint_pela_metade": existe("checkpoints/checkpoint-4/adapter_model.safetensors"),
     "etapa_7_adaptador_pela_metade": existe(f"{ft.PARCIAL}adaptador_lora-*"),
@@ -101,6 +97,8 @@ def mortas(pasta: Path, base: Path, intacta: tuple[Path, dict[str, str]]) -> dic
     def matar_e_repetir(momento: str) -> str:
         saida = pasta / momento
         antes = DEVAGAR if "adaptador" in momento else ""
+        for etapa in range(2, 6) if momento == "etapas_2_a_6" else ():
+            Execucao(saida, base).esperar(disse(f"[{etapa}/9]")).matar()
         Execucao(saida, base, antes=antes).esperar(MOMENTOS[momento]).matar()
         return Execucao(saida, base).terminar()
 

@@ -58,7 +58,7 @@ def test_a_linha_cheia_da_a_mesma_perda_e_os_mesmos_gradientes_que_um_por_um(
     perda, juntos = gradientes(modelo, [exemplos])
     esperada, sozinhos = gradientes(modelo, [[exemplo] for exemplo in exemplos])
     assert perda == pytest.approx(esperada, abs=1e-5)
-    assert len(juntos) == 8
+    assert len(juntos) == 16
     for nome, gradiente in juntos.items():
         assert sozinhos[nome].abs().max() > 1e-4, nome
         assert (gradiente - sozinhos[nome]).abs().max() < 1e-5, nome
@@ -229,6 +229,16 @@ def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mi
     assert parametros == 3_821_079_552
     assert 2.2e9 < phi3_mini[-1] < 7.0 * 2**30 < phi3_mini[0]
     assert len(phi3_mini) == 33 and phi3_mini[1:] == sorted(phi3_mini[1:], reverse=True)
+    # a mesma conta à mão, para a placa. Camadas lineares: por bloco, 3072 × (9216 + 3072 + 16384) + 8192 × 3072, em NF4
+    # com dupla quantização; embeddings e projeção de saída, 2 × 32064 × 3072, em 16 bits
+    lineares = 32 * (3072 * (9216 + 3072 + 16384) + 8192 * 3072)
+    pesos = lineares * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * 2 * 32064 * 3072
+    # adaptadores de posto 16: fp32, dois momentos de 8 bits, gradiente em fp32 e a cópia em 16 bits
+    de_lora = 32 * 16 * ((3072 + 9216) + (3072 + 3072) + (3072 + 16384) + (8192 + 3072))
+    fixo = pesos + de_lora * (4 + 2 + 4 + 2) + 2 * 2 * 3072 * 16384 + 128 * 32064 * 14
+    # a entrada de cada bloco, em 16 bits, e as ativações de um, uns 4,3 MB por token nos 32
+    recalculando = 2048 * (32 * 2 * 3072 + 4.3e6 / 32)
+    assert phi3_mini[-1] == pytest.approx(fixo + recalculando, rel=0.1)
 
 
 def test_as_linhas_tem_cada_exemplo_uma_vez_e_quase_sem_sobra() -> None:
