@@ -92,10 +92,9 @@ def main() -> None:
     for nome, (config, licenca) in formas().items():
         (parametros, _, gpu), (*_, cpu) = (ft.estimar_memoria(cfg, config, onde) for onde in ("cuda", "cpu"))
         servido = parametros * BITS_DO_Q4_K_M / 8 / 1e9
-        celulas = (
-            f"{parametros / 1e9:.2f} bi | {servido:.2f} GB | {gpu[-1] / 2**30:.1f} GiB | {cpu[-1] / 2**30:.1f} GiB"
-        )
-        print(f"| {nome} | {licenca} | {celulas} |".replace(".", ",").replace("3,2", "3.2").replace("2,0", "2.0"))
+        tamanhos = f"{parametros / 1e9:.2f} bi | {servido:.2f} GB | "
+        tamanhos += f"{gpu[-1] / 2**30:.1f} GiB | {cpu[-1] / 2**30:.1f} GiB"
+        print(f"| {nome} | {licenca} | {tamanhos.replace('.', ',')} |")
     if "--medir" in sys.argv:
         with tempfile.TemporaryDirectory() as pasta:
             demo = ft.preparar_modelo_demo(ft.ler_opcoes(["--demo", "--dir-saida", pasta]))
