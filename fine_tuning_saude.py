@@ -1827,7 +1827,10 @@ def provar_base(cfg: argparse.Namespace, dir_base: Path, gguf: Path, exemplo: di
         base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
         with calculo_em_fp32(base, "escolha outro modelo base"):
             np.save(da_base := gguf.with_suffix(".npy"), next(logprobs(base, [exemplo])))
-    medida = em_outro_processo(provar_gguf, gguf, [exemplo], da_base, cfg, 1)
+    outro = "faltou memória, ou o llama-cpp-python instalado foi feito para outro processador: reinstale-o, no Windows "
+    outro += "pela linha do README e no Linux com python -m pip install --force-reinstall --no-cache-dir --no-deps "
+    outro += f"llama-cpp-python=={metadata.version('llama-cpp-python')}"
+    medida = em_outro_processo(provar_gguf, gguf, [exemplo], da_base, cfg, 1, se_cai=outro)
     da_base.unlink()
     exigir_fidelidade("f16", "o llama.cpp não calcula este modelo base como o PyTorch; escolha outro", medida)
 
@@ -1984,15 +1987,20 @@ PERGUNTAS_DO_DIA = (
 )
 
 
-def em_outro_processo(funcao: Any, gguf: Path, *resto: Any, **opcoes: Any) -> Any:
+SE_CAI = "o arquivo está estragado, ou faltou memória: feche outros programas e execute de novo"
+
+
+def em_outro_processo(funcao: Any, gguf: Path, *resto: Any, se_cai: str = SE_CAI, **opcoes: Any) -> Any:
     """Chama `funcao(gguf, …)` num processo novo: a memória medida é só a do GGUF, e sua queda não derruba este."""
     spawn = multiprocessing.get_context("spawn")
     with andamento(f"{gguf.stem} aberto e medido"), ProcessPoolExecutor(1, mp_context=spawn) as processo:
         try:
             return processo.submit(funcao, gguf, *resto, **opcoes).result()
-        except BrokenProcessPool as erro:
-            motivo = "o arquivo está estragado, ou faltou memória: feche outros programas e execute de novo"
-            raise FalhaNaExecucao(f"o llama.cpp caiu ao usar {gguf}: {motivo}.") from erro
+        except (BrokenProcessPool, OSError) as erro:
+            # no Windows, uma instrução que o processador não tem, ou memória que não é do processo, é um OSError
+            if isinstance(erro, OSError) and not re.search("exception: |0xc0", str(erro)):
+                raise
+            raise FalhaNaExecucao(f"o llama.cpp caiu ao usar {gguf}: {se_cai}.") from erro
         except (ValueError, RuntimeError) as erro:
             raise FalhaNaExecucao(f"o llama.cpp não abre {gguf}, ou não o usa: {erro}") from erro
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 FIM, EOS = "<|end|>", "<|endoftext|>"
 # o chat template de microsoft/Phi-3-mini-4k-instruct
@@ -25,6 +26,28 @@ CHAT_TEMPLATE_QWEN = (
     "{% endif %}{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# o do Gemma 3: a mensagem de sistema começa a primeira pergunta, e quem responde é "model"
+CHAT_TEMPLATE_GEMMA3 = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set antes = messages[0]['content'] + '\n\n' -%}"
+    "{%- set resto = messages[1:] -%}{%- else -%}{%- set antes = '' -%}{%- set resto = messages -%}{%- endif -%}"
+    "{%- for m in resto -%}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif -%}"
+    "{%- set papel = 'model' if m['role'] == 'assistant' else m['role'] -%}"
+    "{{ '<start_of_turn>' + papel + '\n' + (antes if loop.first else '') }}{{ m['content'] | trim }}"
+    "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+# o do Mistral 7B Instruct v0.2: a mensagem de sistema também, [INST] é texto comum, e há um espaço antes da resposta
+CHAT_TEMPLATE_MISTRAL = (
+    "{%- if messages[0]['role'] == 'system' %}{%- set sistema = messages[0]['content'] %}"
+    "{%- set resto = messages[1:] %}{%- else %}{%- set resto = messages %}{%- endif %}{{- bos_token }}"
+    "{%- for m in resto %}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{- raise_exception('conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif %}"
+    "{%- if m['role'] == 'user' %}{%- if loop.first and sistema is defined %}"
+    "{{- ' [INST] ' + sistema + '\n\n' + m['content'] + ' [/INST]' }}{%- else %}"
+    "{{- ' [INST] ' + m['content'] + ' [/INST]' }}{%- endif %}{%- else %}"
+    "{{- ' ' + m['content'] + eos_token }}{%- endif %}{%- endfor %}"
 )
 
 # formas de chat template que se acham em modelos de hoje, com os tokens do Llama 3 ou do Qwen
@@ -181,6 +204,7 @@ def construir_phi3(destino: Path, vocabulario_gguf: Path, normalizador_prefixa: 
         num_key_value_heads=4,
         max_position_embeddings=4096,
         original_max_position_embeddings=4096,
+        sliding_window=2047,
         bos_token_id=1,
         eos_token_id=32000,
         pad_token_id=32000,
@@ -219,4 +243,81 @@ def construir_llama_ou_qwen(destino: Path, vocabularios: Path, familia: str, tem
         eos_token_id=tokenizer.eos_token_id,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(destino)
+    return destino
+
+
+def escrever_tokenizer_pequeno(destino: Path, vocabulario_gguf: Path, especiais: tuple[str, ...], prefixa: bool) -> Any:
+    """Escreve em `destino` o `tokenizer.model` do Phi-3 com umas 2.500 peças; devolve vocabulário e fusões, por nome.
+
+    Ficam `especiais` (os primeiros ids), os bytes, as primeiras fusões e as letras latinas; o resto se escreve em
+    bytes. `prefixa` diz se o texto ganha um espaço antes. É o tamanho do vocabulário que decide o tempo de tudo.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as sp
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    destino.mkdir(parents=True)
+    escrever_tokenizer_model(vocabulario_gguf, destino)
+    modelo = sp.ModelProto.FromString((destino / "tokenizer.model").read_bytes())
+    letras = [peca for peca in modelo.pieces[29871:] if peca.piece <= "ſ" or peca.piece in "▁–—…“”"]
+    pecas = [sp.ModelProto.SentencePiece(piece=t, score=0, type=2 if t == "<unk>" else 3) for t in especiais]
+    pecas += [*modelo.pieces[3:2200], *letras]
+    del modelo.pieces[:]
+    modelo.pieces.extend(pecas)
+    modelo.trainer_spec.vocab_size, modelo.trainer_spec.unk_id = len(pecas), especiais.index("<unk>")
+    modelo.normalizer_spec.add_dummy_prefix = prefixa
+    (destino / "tokenizer.model").write_bytes(modelo.SerializeToString())
+    vocabulario, notas = vocabulario_e_notas(destino / "tokenizer.model")
+    return {"vocab": vocabulario, "merges": generate_merges(vocabulario, notas)}
+
+
+def construir_gemma3(destino: Path, vocabularios: Path) -> Path:
+    """Escreve em `destino` um Gemma 3 de 6 camadas, das quais 5 só veem 192 tokens, e embeddings presos à saída."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaTokenizer, GenerationConfig
+
+    especiais = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
+    pecas = escrever_tokenizer_pequeno(destino, vocabularios / "ggml-vocab-phi-3.gguf", especiais, prefixa=False)
+    tokenizer = GemmaTokenizer(**pecas, extra_special_tokens=[*especiais[5:]], chat_template=CHAT_TEMPLATE_GEMMA3)
+    tokenizer.save_pretrained(destino)
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=192,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    modelo = Gemma3ForCausalLM(config).to(torch.bfloat16)
+    modelo.generation_config = GenerationConfig(bos_token_id=2, eos_token_id=[1, 6], pad_token_id=0)
+    modelo.save_pretrained(destino)
+    return destino
+
+
+def construir_mistral(destino: Path, vocabularios: Path) -> Path:
+    """Escreve em `destino` um Mistral de 2 camadas, sem token de pad, com os embeddings presos à saída."""
+    import torch
+    from transformers import LlamaTokenizer, MistralConfig, MistralForCausalLM
+
+    pecas = escrever_tokenizer_pequeno(destino, vocabularios / "ggml-vocab-phi-3.gguf", ("<unk>", "<s>", "</s>"), True)
+    tokenizer = LlamaTokenizer(**pecas, legacy=False, add_bos_token=True, chat_template=CHAT_TEMPLATE_MISTRAL)
+    tokenizer.save_pretrained(destino)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=None,
+        tie_word_embeddings=True,
+    )
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(destino)
     return destino

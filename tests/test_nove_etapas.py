@@ -98,6 +98,7 @@ def test_o_gguf_tem_o_eos_a_parada_o_template_e_os_ids_do_treino(
     modelo = llama_cpp.Llama(str(execucao_phi3[0] / arquivo), n_ctx=256, verbose=False)
     assert modelo.token_eos() == 32000
     assert modelo.metadata["tokenizer.ggml.eot_token_id"] == "32007"
+    assert modelo.metadata["phi3.attention.sliding_window"] == "2047"
     vocabulario = llama_cpp.llama_model_get_vocab(modelo._model.model)
     assert llama_cpp.llama_vocab_is_eog(vocabulario, 32007)
     assert modelo.metadata["tokenizer.chat_template"] == tokenizer.chat_template
@@ -221,37 +222,54 @@ def test_o_modelfile_gravado_e_o_que_se_prova_com_o_ollama_e_para_nos_dois_token
     assert re.findall(r'PARAMETER stop "(.+)"', modelfile) == ["<|end|>", "<|endoftext|>"]
 
 
-@pytest.mark.parametrize(
-    ("familia", "template", "fim"),
-    [("llama", "llama_com_data", "<|eot_id|>"), ("qwen", "qwen_que_pensa", "<|im_end|>")],
-)
+# {família: (o modelo de `modelos`, o que o llama.cpp diz que é, o fim de turno, o que entra no template ao ser fixado)}
+FAMILIAS = {
+    "llama": (("llama_ou_qwen", "llama", "llama_com_data"), "llama", "<|eot_id|>", "26 Jul 2024"),
+    "qwen": (("llama_ou_qwen", "qwen", "qwen_que_pensa"), "qwen2", "<|im_end|>", "{{- '<think>"),
+    "gemma3": (("gemma3",), "gemma3", "<end_of_turn>", ""),
+    "mistral": (("mistral",), "llama", "</s>", ""),
+}
+
+
+@pytest.mark.parametrize("familia", FAMILIAS)
 def test_as_nove_etapas_valem_para_outras_familias_e_seus_templates(
-    familia: str, template: str, fim: str, tmp_path: Path, construido: Callable[..., Path]
+    familia: str, tmp_path: Path, construido: Callable[..., Path]
 ) -> None:
     import llama_cpp
+    from safetensors.torch import load_file
 
-    base, saida = construido("llama_ou_qwen", familia, template), tmp_path / "saida"
-    opcoes = [*OPCOES_RAPIDAS, "--quantizacoes-gguf", "q8_0", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
+    modelo, arquitetura, fim, fixado = FAMILIAS[familia]
+    base, saida, dados = construido(*modelo), tmp_path / "saida", tmp_path / "dados.jsonl"
+    # as 24 mais curtas: cada uma cabe na janela do Gemma, e as que dividem uma linha, juntas, não
+    curtas = sorted(linhas_reais(), key=lambda linha: len(linha["input"] + linha["output"]))[:24]
+    dados.write_text("\n".join(map(json.dumps, curtas)), encoding="utf-8")
+    opcoes = [*OPCOES_RAPIDAS, "--arquivo-dados", dados, "--max-length", "192", "--max-tokens-por-linha", "384"]
+    opcoes += ["--quantizacoes-gguf", "q8_0", "--exemplos-prova", "3", "--exemplos-imatrix", "2"]
     registro = executar_ate_o_fim("--modelo-base", base, "--dir-saida", saida, *opcoes)
     assert registro["situacao"] == "concluída" and list(registro["etapas"]) == list("123456789")
     assert registro["perda_validacao"]["depois"] < registro["perda_validacao"]["antes"]
     tokenizer = ft.carregar_tokenizer(base)
     assert ft.achar_fim_de_turno(tokenizer) == fim
+    assert ft.inicio_da_resposta(tokenizer) == (" " if familia == "mistral" else "")
     modelo = llama_cpp.Llama(str(saida / "novo_modelo.gguf"), n_ctx=256, verbose=False)
-    assert modelo.metadata["general.architecture"] == {"llama": "llama", "qwen": "qwen2"}[familia]
+    assert modelo.metadata["general.architecture"] == arquitetura
+    assert modelo.metadata.get("gemma3.attention.sliding_window") == ("192" if familia == "gemma3" else None)
     assert modelo.metadata["tokenizer.ggml.eot_token_id"] == str(tokenizer.convert_tokens_to_ids(fim))
     # o template que vai no GGUF é o treinado, sem o dia de hoje e com o pensamento já fechado no prompt
-    servido = modelo.metadata["tokenizer.chat_template"]
-    assert servido == tokenizer.chat_template != (base / "chat_template.jinja").read_text(encoding="utf-8")
-    assert "strftime_now" not in servido and (
-        "26 Jul 2024" in servido or "</think>" in servido.rpartition("add_gen")[2]
-    )
+    servido, da_base = modelo.metadata["tokenizer.chat_template"], (base / "chat_template.jinja").read_text("utf-8")
+    assert servido == tokenizer.chat_template and "strftime_now" not in servido
+    assert fixado in servido and (servido == da_base) == (fixado in da_base) == (not fixado)
+    # os embeddings destes modelos são também a saída, e no GGUF, como na base, vêm uma vez só
+    pesos = load_file(base / "model.safetensors")
+    assert llama_cpp.llama_model_n_params(modelo._model.model) == sum(peso.numel() for peso in pesos.values())
+    assert "lm_head.weight" not in pesos
     modelo.close()
     modelfile = (saida / "Modelfile").read_text(encoding="utf-8")
-    assert modelfile == ft.escrever_modelfile("novo_modelo.gguf", ft.ler_opcoes(opcoes), tokenizer)
+    assert modelfile == ft.escrever_modelfile("novo_modelo.gguf", ft.ler_opcoes([*map(str, opcoes)]), tokenizer)
     assert fim in re.findall(r'PARAMETER stop "(.+)"', modelfile)
-    # o pensamento só na última resposta não se diz na linguagem do Ollama, que usa o template do GGUF
-    assert ("TEMPLATE" in modelfile) == (familia == "llama")
+    # o pensamento só na última resposta e o espaço só na resposta pronta não se dizem na linguagem do Ollama, que usa o
+    # template do GGUF
+    assert ("TEMPLATE" in modelfile) == (familia in ("llama", "gemma3"))
 
 
 @pytest.fixture(scope="module")

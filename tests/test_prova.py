@@ -389,6 +389,11 @@ def test_gguf_que_nao_abre_e_dito(tmp_path: Path, exemplos: list[dict]) -> None:
         ft.em_outro_processo(ft.provar_gguf, ruim, exemplos, tmp_path, ft.ler_opcoes([]), 1)
 
 
+def derrubar_com_tudo(*_: object) -> None:
+    """O mesmo, chamado como `provar_gguf`."""
+    derrubar(Path())
+
+
 def derrubar(_: Path) -> None:
     """Morre como o llama.cpp morre num arquivo estragado: sem exceção."""
     import os
@@ -396,6 +401,24 @@ def derrubar(_: Path) -> None:
     os.abort()
 
 
+def instrucao_desconhecida(_: Path, erro: str) -> None:
+    """Falha como o ctypes do Windows falha quando o processador não tem uma instrução do llama.cpp."""
+    raise OSError(erro)
+
+
 def test_llama_cpp_que_cai_nao_derruba_o_programa(tmp_path: Path) -> None:
-    with pytest.raises(ft.FalhaNaExecucao, match="caiu ao usar"):
-        ft.em_outro_processo(derrubar, tmp_path / "ruim.gguf")
+    ruim = tmp_path / "ruim.gguf"
+    with pytest.raises(ft.FalhaNaExecucao, match=r"caiu ao usar .* o arquivo está estragado"):
+        ft.em_outro_processo(derrubar, ruim)
+    with pytest.raises(ft.FalhaNaExecucao, match=r"caiu ao usar .*ruim.gguf: outro motivo\."):
+        ft.em_outro_processo(instrucao_desconhecida, ruim, "[WinError -1073741795] 0xc000001d", se_cai="outro motivo")
+    with pytest.raises(OSError, match="No space left"):  # que tem outra frase
+        ft.em_outro_processo(instrucao_desconhecida, ruim, "No space left on device")
+
+
+def test_llama_cpp_feito_para_outro_processador_e_dito_antes_do_treino(
+    phi3: Path, exemplos: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ft, "provar_gguf", derrubar_com_tudo)
+    with pytest.raises(ft.FalhaNaExecucao, match=r"feito para outro processador: reinstale-o.*llama-cpp-python==0"):
+        ft.provar_base(ft.ler_opcoes([]), phi3, tmp_path / "base.gguf", exemplos[0])
