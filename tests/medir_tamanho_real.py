@@ -130,13 +130,18 @@ def main() -> None:
     comando = [sys.executable, str(PROGRAMA), "--modelo-base", str(base), "--dir-saida", str(pasta / "saida")]
     comando += ["--dir-llama-cpp", str(RAIZ / "llama.cpp"), *OPCOES, *resto]
     # a primeira recalcula as ativações de todas as camadas, para medir também essa memória
-    mais = (["--gradient-checkpointing", "sim"], [], [])
-    vezes = [executar([*comando, *dela], parar_em) for dela, parar_em in zip(mais, (*PARADAS, None), strict=True)]
-    print("\n| execução | etapa | tempo | pico de memória | escrito |\n|---|---|---:|---:|---:|")
-    for nome, etapas in zip(("até a parada no treino", "até a parada na etapa 9", "até o fim"), vezes, strict=True):
-        for etapa, (segundos, memoria, escrito) in etapas.items():
+    vezes = {
+        "até a parada no treino": ([*comando, "--gradient-checkpointing", "sim"], PARADAS[0]),
+        "até a parada na etapa 9": (comando, PARADAS[1]),
+        "até o fim": (comando, None),
+    }
+    tabela = "| execução | etapa | tempo | pico de memória | escrito |\n|---|---|---:|---:|---:|"
+    for nome, (linha, parar_em) in vezes.items():
+        for etapa, (segundos, memoria, escrito) in executar(linha, parar_em).items():
             if segundos >= 5:
-                print(f"| {nome} | {etapa} | {segundos:.0f} s | {memoria / 2**30:.1f} GiB | {escrito / 1e9:.1f} GB |")
+                celulas = f"{segundos:.0f} s | {memoria / 2**30:.1f} GiB | {escrito / 1e9:.1f} GB"
+                tabela += f"\n| {nome} | {etapa} | {celulas} |"
+        print(f"\n{tabela}\n", flush=True)
 
 
 if __name__ == "__main__":
