@@ -24,8 +24,10 @@ def sem_rede(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 # o modelo minúsculo escreve tudo antes que se possa interrompê-lo: cada token espera um pouco
+# e quem é iniciado em segundo plano herda o Ctrl-C ignorado, que num terminal vale
 DEVAGAR = f"""
-import sys, time, llama_cpp
+import signal, sys, time, llama_cpp
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(RAIZ)!r})
 import fine_tuning_saude as ft
 avaliar = llama_cpp.Llama.eval
