@@ -42,7 +42,7 @@ def um_processo(tmp_path_factory: pytest.TempPathFactory, phi3: Path) -> Path:
 def dois_processos(tmp_path_factory: pytest.TempPathFactory, phi3: Path) -> tuple[Path, str]:
     """A execução de dois processos, uma linha de cada por passo, e o que ela disse."""
     saida = tmp_path_factory.mktemp("dois") / "saida"
-    return saida, Execucao(saida, phi3, lancador=DOIS).terminar()
+    return saida, Execucao(saida, phi3, lancador=DOIS, **rapidos()).terminar()
 
 
 @pytest.fixture

@@ -221,6 +221,11 @@ def test_disco_cheio_e_dito_em_uma_frase_e_com_espaco_a_execucao_continua(
     etapa: str, saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
 ) -> None:
     momento, bytes_por_arquivo = CHEIOS[etapa]
+    if etapa != "etapa_7":  # de uma execução pronta, a que falta o que a etapa faz
+        shutil.copytree(intacta[0], saida)
+        (saida / "novo_modelo.gguf").unlink()
+        if etapa == "etapa_8":
+            shutil.rmtree(saida / "modelo_final")
     execucao = Execucao(saida, base).esperar(disse(momento))
     resource.prlimit(execucao.processo.pid, resource.RLIMIT_FSIZE, (bytes_por_arquivo, resource.RLIM_INFINITY))
     dito = execucao.terminar(1)
