@@ -129,6 +129,11 @@ LINHA = st.one_of(
     ).map(lambda valor: json.dumps(valor).encode()),
     st.sampled_from([BOA, OUTRA, BOA[:-9], b"\xef\xbb\xbf" + BOA, b"\x00" * 9, b"[" * 3000, b'{"input": NaN}']),
 )
+# quase sempre passa, e então se vê o que foi lido; o \u0301 é o acento que se junta à letra de antes
+LETRAS = st.sampled_from("abceiouAÇã+-?<\u0301\u0327\n\t")
+DE_TEXTO = st.tuples(*[st.text(LETRAS, min_size=3, max_size=9)] * 2).map(
+    lambda par: json.dumps({"input": par[0], "output": par[1]}, ensure_ascii=False).encode()
+)
 # o arquivo como o gravariam outros programas
 EMBRULHOS = {
     "como_esta": lambda linhas, fim: fim.join(linhas),
@@ -140,7 +145,7 @@ EMBRULHOS = {
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    linhas=st.lists(LINHA, max_size=6),
+    linhas=st.lists(LINHA, max_size=6) | st.lists(DE_TEXTO, min_size=2, max_size=3),
     fim=st.sampled_from([b"\n", b"\r\n", b"\r"]),
     embrulho=st.sampled_from(sorted(EMBRULHOS)),
 )

@@ -175,7 +175,9 @@ DIFERENTES = [
     ("TFG ≥ 60?", "TFG ≤ 60?"),
     ("Febre de 38,5 °C?", "Febre de 38.5 °F?"),
     ("Carinha 🙂?", "Carinha 🙁?"),
-    ("10% da dose?", "10/dose?"),
+    ("10% da dose?", "10 da dose?"),
+    ("Pode dar 1/2?", "Pode dar 1-2?"),
+    ("De 1,5 mg?", "De 1/5 mg?"),
 ]
 
 
@@ -184,6 +186,10 @@ def test_o_que_muda_o_sentido_faz_outra_pergunta_e_outra_resposta(uma: str, outr
     dados = [{"input": uma, "output": "Sim (++)."}, {"input": outra, "output": "Não (--)."}]
     assert len(ler_bytes(tmp_path, jsonl(*dados, *OUTROS))[0]) == 4
     assert ft.identidade(f"Retorno {uma}") != ft.identidade(f"Retorno {outra}")
+
+
+def test_no_cartao_o_texto_de_quem_usa_vem_citado_e_nada_nele_e_markdown() -> None:
+    assert ft.citar("`a`\n\n# b <b>c</b> | d") == "`'a' # b <b>c</b> | d`"
 
 
 FORMAS = {
