@@ -171,6 +171,16 @@ def cliente(request: pytest.FixtureRequest, servir: Callable[[tuple[object, ...]
     del atendido.servidor  # é o que o encerra
 
 
+def test_as_duas_especies_de_tokenizer_do_phi3_leem_de_outro_modo_o_comeco_da_pergunta(
+    construido: Callable[..., Path],
+) -> None:
+    from transformers import AutoTokenizer
+
+    for opcoes, primeiro in (((), 29949), ((True,), 438)):  # "O" e "▁O"; cada uma é servida adiante
+        tokenizer = AutoTokenizer.from_pretrained(construido("phi3", *opcoes))
+        assert ft.prompt_e_ids(tokenizer, "O que é APS?")[1][1] == primeiro
+
+
 def test_as_perguntas_sao_duzentas_sem_dado_pessoal_nem_token_de_controle_e_com_os_sinais_de_quem_digita() -> None:
     assert len({*PERGUNTAS}) == len(PERGUNTAS) == 200
     assert not [p for p in PERGUNTAS if p != p.strip() or ft.achar_dado_pessoal(p) or re.search(r"<\S*>|\[/?INST", p)]

@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -218,22 +217,6 @@ def test_base_que_o_llama_cpp_calcula_de_outro_modo_e_acusada_antes_do_treino(
 
 
 # ---------------------------------------------------------------- tokenizer
-
-
-@pytest.mark.parametrize(("prefixa", "primeiro"), [(False, 29949), (True, 438)], ids=["sem_prefixo", "com_prefixo"])
-def test_o_llama_cpp_tokeniza_como_o_treino_nas_duas_especies_de_tokenizer_do_phi3(
-    prefixa: bool, primeiro: int, construido: Callable[..., Path], tmp_path: Path
-) -> None:
-    from transformers import AutoTokenizer
-
-    base = construido("phi3", prefixa)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    assert ft.prompt_e_ids(tokenizer, "O que é APS?")[1][1] == primeiro
-    converter(base, f16 := tmp_path / "f16.gguf")
-    cfg = ft.ler_opcoes(["--modelo-base", "minusculo"])
-    ajustes = ft.achar_ajustes(cfg, f16, exemplos_reais(base, 30), ft.id_do_fim_de_turno(tokenizer))
-    ft.quantizar(f16, arquivo := tmp_path / "pronto.gguf", "q8_0", ajustes, {})
-    conferir(arquivo, tokenizer, [linha["input"] for linha in linhas_reais(30)])
 
 
 def conferir(arquivo: Path, tokenizer, perguntas: list[str]) -> None:  # noqa: ANN001
