@@ -48,7 +48,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date, timedelta
@@ -229,9 +229,6 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[P
     if registro.ultima_pronta < 9:
         tokenizer = carregar_tokenizer(dir_base)
         exemplos = conferir_exemplos(cfg, pares, tokenizer, dir_base)
-        linhas = Linhas(exemplos.select(dividir(cfg, pares, exemplos)[0]), cfg)
-        passos = math.ceil(cfg.NUM_TRAIN_EPOCHS * math.ceil(len(linhas) / linhas.por_passo))
-        log.info("      o treino terá %d passos, de %d linha(s) cada", passos, linhas.por_passo)
         # a etapa 9 compara o modelo final com este; e o que o llama.cpp não faz como o treino se sabe antes de treinar
         gguf_base = garantir_gguf_da_base(cfg, conversor, dir_base, registro.campos["sha256_base"], exemplos)
         ajustes = achar_ajustes(cfg, gguf_base, exemplos, id_do_fim_de_turno(tokenizer))
@@ -605,11 +602,9 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     if parser.parse_known_args(argv)[0].DEMO:
         parser.set_defaults(**TROCAS_DEMO)
     cfg = parser.parse_args(argv)
-    positivas = ("MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LEARNING_RATE", "LOGGING_STEPS", "MAX_NEW_TOKENS")
-    for nome in (
-        *positivas,
-        *["GRADIENT_ACCUMULATION_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "SAVE_STEPS", "EXEMPLOS_PROVA"],
-    ):
+    positivas = ["MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LEARNING_RATE", "LOGGING_STEPS", "MAX_NEW_TOKENS"]
+    positivas += ["GRADIENT_ACCUMULATION_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "SAVE_STEPS", "EXEMPLOS_PROVA"]
+    for nome in positivas:
         if getattr(cfg, nome) <= 0:
             parser.error(f"{nome} deve ser maior que zero, e é {getattr(cfg, nome)}")
     if cfg.MAX_TOKENS_POR_LINHA < cfg.MAX_LENGTH:
@@ -809,11 +804,10 @@ def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
             primeiro, dada = vistos.setdefault(identidade(par.pergunta), (par, resposta))
             if dada != resposta:
                 raise ValueError(f"a pergunta é a mesma da linha {primeiro.origem}, com outra resposta")
-            for aviso in [
-                *estranhezas(ambos),
-                *(["repete outra linha, e só conta uma vez"] if primeiro is not par else []),
-            ]:
+            for aviso in estranhezas(ambos):
                 avisos[aviso].append(origem)
+            if primeiro is not par:
+                avisos["repete outra linha, e só conta uma vez"].append(origem)
         except ValueError as problema:
             problemas[str(problema)].append(origem)
     if problemas:
@@ -1025,12 +1019,12 @@ def achar_parecidos(textos: list[str], limite: float) -> Iterator[tuple[int, int
         lsh.insert(i, assinatura)
 
 
-def separar_validacao(grupos: list[list[Par]], fracao: float, seed: int) -> tuple[list[Par], list[Par]]:
+def separar_validacao(grupos: list[list[Any]], fracao: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Separa (treino, validação) por grupo inteiro, pela semente e pelo conteúdo, não pela ordem das linhas."""
     quota = max(1, round(fracao * sum(map(len, grupos))))
     sorteados = random.Random(seed).sample(grupos, len(grupos))
-    treino: list[Par] = []
-    validacao: list[Par] = []
+    treino: list[Any] = []
+    validacao: list[Any] = []
     for grupo in sorteados:
         (validacao if len(validacao) + len(grupo) <= quota else treino).extend(grupo)
     return treino, validacao
@@ -1462,7 +1456,10 @@ def atencao_por_exemplo(
 def conferir_exemplos(
     cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase, dir_base: Path
 ) -> Dataset:
-    """Os exemplos de `codificar_dados`, se nenhum traz token de controle ou não cabe, e há o que pôr na validação."""
+    """Os exemplos de `codificar_dados`, se nenhum traz token de controle ou não cabe, e há o que pôr na validação.
+
+    Diz também quantos passos o treino terá.
+    """
     arquivo, problemas = Path(cfg.ARQUIVO_DADOS), collections.defaultdict(list)
     # escrito nos dados, um token de controle encerraria a resposta no meio, ou forjaria uma fala
     controles = {
@@ -1486,12 +1483,16 @@ def conferir_exemplos(
             problemas[f"{tokens} tokens, e o modelo base tem camadas que só veem {janela}: encurte-o"].append(origem)
     if problemas:
         listar_problemas("exemplo(s) não cabem", arquivo, problemas)
-    if not all(dividir(cfg, pares, exemplos)):
+    treino, validacao = dividir(cfg, pares, exemplos)
+    if not (treino and validacao):
         raise ErroDeUso(
             f"{arquivo}: os {len(pares)} exemplos formam {len({*exemplos['grupo'][:]})} grupo(s) de perguntas ou "
             "respostas parecidas, e nenhum cabe inteiro na validação. Traga exemplos mais variados, aumente "
             "FRACAO_VALIDACAO, ou use --validacao-por-linha, com que a validação terá parecidos do treino e dirá menos."
         )
+    linhas = Linhas(exemplos.select(treino), cfg)
+    passos = math.ceil(cfg.NUM_TRAIN_EPOCHS * math.ceil(len(linhas) / linhas.por_passo))
+    log.info("      o treino terá %d passos, de %d linha(s) cada", passos, linhas.por_passo)
     return exemplos
 
 
@@ -1902,6 +1903,7 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustes: dict[str, Any], impo
     parametros.imatrix = matriz if no_gguf else None
     with andamento(f"{destino.stem} quantizado em {tipo}"):
         codigo = llama_cpp.llama_model_quantize(str(f16).encode(), str(destino).encode(), parametros)
+    ajustado.close()
     if codigo:
         raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}; em geral, {DISCO_CHEIO}.")
 
@@ -1985,8 +1987,6 @@ PERGUNTAS_DO_DIA = (
     "Por que o céu é azul?",
     "Sugira um nome para um gato preto.",
 )
-
-
 SE_CAI = "o arquivo está estragado, ou faltou memória: feche outros programas e execute de novo"
 
 
@@ -2027,13 +2027,9 @@ def provar_gguf(
     """
     import llama_cpp
     import numpy as np
-    import psutil
 
-    calar_llama_cpp()
-    nucleos = psutil.cpu_count(logical=False)
-    opcoes = dict(n_threads=nucleos, n_threads_batch=nucleos, seed=cfg.SEED, verbose=False)
     inicio = time.perf_counter()
-    modelo = llama_cpp.Llama(str(gguf), n_ctx=cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS, **opcoes)
+    modelo = abrir_gguf(gguf, cfg, cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS)
     medida: dict[str, Any] = {"carga_s": time.perf_counter() - inicio, "respostas": [], "terminou": []}
     conferir_prompts(modelo, gguf, prompts, fim)
     # gulosas, do prompt treinado, que os arquivos servidos provaram escrever igual. Uma sozinha, como se serve, mede
@@ -2061,7 +2057,7 @@ def provar_gguf(
         ]
     modelo.close()
     maior = max(len(exemplo["input_ids"]) for exemplo in [*exemplos, *do_dia])
-    modelo = llama_cpp.Llama(str(gguf), n_ctx=maior, logits_all=True, lora_path=adaptador, **opcoes)
+    modelo = abrir_gguf(gguf, cfg, maior, logits_all=True, lora_path=adaptador)
 
     def logprobs_de(exemplo: dict[str, Any]) -> Any:
         modelo.reset()
@@ -2132,20 +2128,37 @@ def conferir_prompts(modelo: Llama, gguf: Path, prompts: Prompts, fim: int | Non
     vocabulario = llama_cpp.llama_model_get_vocab(modelo._model.model)
     if fim is not None and (eot := llama_cpp.llama_vocab_eot(vocabulario)) != fim:
         raise FalhaNaExecucao(f"{gguf}: o fim de turno é o token {eot}, e o treino usou {fim}: o modelo não pararia.")
+    escrever = escritor_de_prompts(modelo)
     for pergunta, prompt, ids in prompts:
-        escrito, obtidos = prompt_servido(modelo, [{"role": "user", "content": pergunta}])
+        escrito, obtidos = escrever([{"role": "user", "content": pergunta}])
         if (escrito, obtidos) != (prompt, ids):
             treino, servido = f"{prompt!r} {ids}", f"{escrito!r} {obtidos}"
             raise FalhaNaExecucao(f"{gguf}: o prompt servido não é o do treino:\n  treino: {treino}\n  GGUF: {servido}")
 
 
-def prompt_servido(modelo: Llama, conversa: list[dict[str, str]]) -> tuple[str, list[int]]:
-    """O prompt que o GGUF escreve para uma conversa, com o chat template que traz, e os ids que lê nele."""
+def escritor_de_prompts(modelo: Llama) -> Callable[[list[dict[str, str]]], tuple[str, list[int]]]:
+    """Função que dá o prompt que o GGUF escreve para uma conversa, com o template que traz, e os ids que lê nele."""
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     eos, bos = (modelo._model.token_get_text(i) if i >= 0 else "" for i in (modelo.token_eos(), modelo.token_bos()))
-    escrito = Jinja2ChatFormatter(modelo.metadata["tokenizer.chat_template"], eos, bos)(messages=conversa).prompt
-    return escrito, modelo.tokenize(escrito.encode(), add_bos=True, special=True)
+    template = Jinja2ChatFormatter(modelo.metadata["tokenizer.chat_template"], eos, bos)
+
+    def escrever(conversa: list[dict[str, str]]) -> tuple[str, list[int]]:
+        escrito = template(messages=conversa).prompt
+        return escrito, modelo.tokenize(escrito.encode(), add_bos=True, special=True)
+
+    return escrever
+
+
+def abrir_gguf(gguf: Path, cfg: argparse.Namespace, n_ctx: int, **opcoes: Any) -> Llama:
+    """O GGUF no llama.cpp, com contexto de `n_ctx` tokens e um fio por núcleo."""
+    import llama_cpp
+    import psutil
+
+    calar_llama_cpp()
+    nucleos = psutil.cpu_count(logical=False)
+    comuns = dict(n_threads=nucleos, n_threads_batch=nucleos, seed=cfg.SEED, verbose=False)
+    return llama_cpp.Llama(str(gguf), n_ctx=n_ctx, **comuns, **opcoes)
 
 
 def exigir_fidelidade(saido: str, falha: str, medida: dict[str, float]) -> None:
@@ -2377,11 +2390,11 @@ def dar_veredito(comparacao: dict[str, list[float]], perguntas: int) -> str:
     if perguntas < 5:
         return f"{perguntas} pergunta(s) de validação são de menos para dizer; nelas, a perda foi {perda}."
     lados: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
-    esqueceu = ""
+    *_, esquecido, _ = comparacao.get("lembrança", [0.0] * 4)  # não é melhora nem piora do que se treinou
+    esqueceu = " Esqueceu parte do que a base sabia de outros assuntos: veja a lembrança, na tabela."
+    esqueceu = esqueceu if esquecido > ESQUECIMENTO else ""
     for nome, (_, _, minima, maxima) in comparacao.items():
         if nome == "lembrança":
-            dito = " Esqueceu parte do que a base sabia de outros assuntos: veja a lembrança, na tabela."
-            esqueceu = dito if minima > ESQUECIMENTO else ""
             continue
         subiu, desceu = ("Piorou", "Melhorou") if nome == "perda" else ("Melhorou", "Piorou")
         lados[subiu if minima > 0 else desceu if maxima < 0 else "Sem diferença medida"].append(nome)
@@ -2397,9 +2410,6 @@ AVISO = "Não substitui protocolos nem profissionais, e pode errar. Urgência: S
 
 def conversar(cfg: argparse.Namespace) -> None:
     """Conversa no terminal com o GGUF servido, ou responde só a `--perguntar`. Não escreve arquivo nem usa a rede."""
-    import llama_cpp
-    import psutil
-
     saida = Path(cfg.DIR_SAIDA)
     try:
         registro = json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
@@ -2409,11 +2419,8 @@ def conversar(cfg: argparse.Namespace) -> None:
     if not gguf.is_file():
         raise ErroDeUso(f"{gguf} não existe mais: execute o programa de novo sem --conversar, que o refaz.")
     print(AVISO, file=sys.stderr)
-    calar_llama_cpp()
-    nucleos, resposta = psutil.cpu_count(logical=False), registro["constantes"]["MAX_LENGTH"]
-    modelo = llama_cpp.Llama(
-        str(gguf), n_ctx=2 * resposta, n_threads=nucleos, n_threads_batch=nucleos, seed=cfg.SEED, verbose=False
-    )
+    resposta = registro["constantes"]["MAX_LENGTH"]
+    escrever = escritor_de_prompts(modelo := abrir_gguf(gguf, cfg, 2 * resposta))
     if cfg.PERGUNTAR is None:
         print("Escreva a pergunta; /sair termina, e Ctrl-C interrompe uma resposta.", file=sys.stderr)
     falas: list[dict[str, str]] = []
@@ -2425,7 +2432,7 @@ def conversar(cfg: argparse.Namespace) -> None:
         if (dita := unicodedata.normalize("NFC", dita).strip()) == "/sair":  # como os dados que o modelo viu
             return
         falas.append({"role": "user", "content": dita})
-        while len(ids := prompt_servido(modelo, falas)[1]) > resposta and len(falas) > 1:
+        while len(ids := escrever(falas)[1]) > resposta and len(falas) > 1:
             del falas[:2]  # o que já não cabe no contexto é a pergunta mais antiga e a resposta a ela
         controle = modelo.tokenize(dita.encode(), add_bos=False) != modelo.tokenize(dita.encode(), False, special=True)
         if not dita or len(ids) > resposta or controle:
@@ -2707,7 +2714,7 @@ def gravar_inteiro(arquivo: Path, texto: str) -> None:
 
 def trocar(de: Path, para: Path) -> None:
     """`os.replace`, que no Windows espera, por um minuto, o antivírus largar o que acabou de ser escrito."""
-    for espera in (0.2, 1, 5, *[5] * 11):
+    for espera in (0.2, 1, *[5] * 12):
         with contextlib.suppress(PermissionError):
             return os.replace(de, para)
         if espera == 5:

@@ -37,18 +37,21 @@ BRACOS = {"ingênua": "receita ingênua", "trl": "TRL SFTTrainer", "nosso": "est
 PROCESSOS = {"um": "um processo de um fio", "dois": "dois processos de um fio"}
 
 
-def pico_de_matmul() -> float:
-    """FLOP por segundo do maior produto de matrizes bf16 desta máquina, o melhor de seis."""
+def pico_de_matmul(lado: int = 2048, dispositivo: str = "cpu") -> float:
+    """FLOP por segundo do produto de duas matrizes bf16 desse lado, o melhor de seis."""
     import torch
 
-    a, b = torch.randn(2, 2048, 2048, dtype=torch.bfloat16)
+    a, b = torch.randn(2, lado, lado, dtype=torch.bfloat16, device=dispositivo)
+    esperar = torch.cuda.synchronize if dispositivo == "cuda" else lambda: None
     melhor = float("inf")
     for _ in range(6):
+        esperar()
         inicio = time.perf_counter()
         for _ in range(5):
             a @ b
+        esperar()
         melhor = min(melhor, (time.perf_counter() - inicio) / 5)
-    return 2 * 2048**3 / melhor
+    return 2 * lado**3 / melhor
 
 
 class Relogio:

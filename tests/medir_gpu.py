@@ -12,33 +12,17 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from conftest import PROGRAMA, RAIZ
-from medir_tamanho_real import executar, montar_base
+from benchmark import pico_de_matmul
+from medir_tamanho_real import executar, preparar
 
 import fine_tuning_saude as ft
 
 PASSOS = 40  # de cada braço de comparação; os dez primeiros ficam fora da conta
-
-
-def pico_de_matmul() -> float:
-    """FLOP por segundo do melhor de dez produtos de matrizes bf16 de 8.192."""
-    import torch
-
-    a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
-    tempos = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        inicio = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        tempos.append(time.perf_counter() - inicio)
-    return 2 * 8192**3 / min(tempos)
 
 
 class MemoriaDaPlaca:
@@ -129,21 +113,17 @@ def main() -> None:
     if sys.argv[1:2] == ["--outro"]:
         print(json.dumps(treinar_outro(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))))
         return
-    com_pasta = sys.argv[1:2] and not sys.argv[1].startswith("-")
-    pasta = Path(sys.argv[1]) if com_pasta else Path(tempfile.mkdtemp())
-    base, saida = pasta / "Phi-3-mini-sorteado", pasta / "saida"
-    if not (base / "model.safetensors.index.json").is_file():
-        montar_base(base)
-    comando = [sys.executable, str(PROGRAMA), "--modelo-base", str(base), "--dir-saida", str(saida)]
-    comando += ["--dir-llama-cpp", str(RAIZ / "llama.cpp"), *sys.argv[2 if com_pasta else 1 :]]
-    pico = pico_de_matmul()
+    from transformers import AutoConfig
+
+    base, saida, comando = preparar()
+    pico = pico_de_matmul(8192, "cuda")
     with MemoriaDaPlaca() as placa:
         etapas = executar(comando, None)
     tokens, estimada = medir_treino(saida)
     print("\n| etapa | tempo | memória do computador |\n|---|---:|---:|")
     for etapa, (segundos, memoria, _) in etapas.items():
         print(f"| {etapa} | {segundos:.0f} s | {memoria / 2**30:.1f} GiB |")
-    parte = 4 * ft.estimar_memoria(ft.ler_opcoes([]), configuracao(base), "cuda")[0] * tokens / pico
+    parte = 4 * ft.estimar_memoria(ft.ler_opcoes([]), AutoConfig.from_pretrained(base), "cuda")[0] * tokens / pico
     memoria = f"{placa.pico / 2**30:.2f} GiB, e estimada {estimada:.2f}"
     print(f"\nmemória da placa: {memoria}; pico de multiplicação: {pico / 1e12:.0f} TFLOP/s")
     print("\n| | tokens/s | parte do pico (4N por token) |\n|---|---:|---:|")
@@ -154,13 +134,6 @@ def main() -> None:
             dito = subprocess.run(outro, capture_output=True, text=True)
             valor = f"{float(dito.stdout.splitlines()[-1]):.0f}" if dito.returncode == 0 else "falhou"
             print(f"| {qual} | {valor} | |")
-
-
-def configuracao(base: Path) -> Any:
-    """O config.json da base."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base)
 
 
 if __name__ == "__main__":

@@ -120,15 +120,21 @@ def executar(comando: list[str], parar_em: str | None) -> dict[str, tuple[float,
     return medida.etapas
 
 
-def main() -> None:
-    """Monta, executa três vezes e imprime a tabela."""
-    pasta = Path(sys.argv[1]) if sys.argv[1:2] and not sys.argv[1].startswith("-") else Path(tempfile.mkdtemp())
-    resto = sys.argv[2:] if sys.argv[1:2] and not sys.argv[1].startswith("-") else sys.argv[1:]
-    base = pasta / "Phi-3-mini-sorteado"
+def preparar(*opcoes: str) -> tuple[Path, Path, list[str]]:
+    """A base, montada se falta, a pasta de saída e o comando, com `opcoes` e as da linha: [PASTA] [opções]."""
+    pasta, resto = tempfile.mkdtemp(), sys.argv[1:]
+    if resto and not resto[0].startswith("-"):
+        pasta, *resto = resto
+    base, saida = Path(pasta) / "Phi-3-mini-sorteado", Path(pasta) / "saida"
     if not (base / "model.safetensors.index.json").is_file():
         montar_base(base)
-    comando = [sys.executable, str(PROGRAMA), "--modelo-base", str(base), "--dir-saida", str(pasta / "saida")]
-    comando += ["--dir-llama-cpp", str(RAIZ / "llama.cpp"), *OPCOES, *resto]
+    comando = [sys.executable, str(PROGRAMA), "--modelo-base", str(base), "--dir-saida", str(saida)]
+    return base, saida, [*comando, "--dir-llama-cpp", str(RAIZ / "llama.cpp"), *opcoes, *resto]
+
+
+def main() -> None:
+    """Monta, executa três vezes e imprime a tabela."""
+    *_, comando = preparar(*OPCOES)
     # a primeira recalcula as ativações de todas as camadas, para medir também essa memória
     vezes = {
         "até a parada no treino": ([*comando, "--gradient-checkpointing", "sim"], PARADAS[0]),

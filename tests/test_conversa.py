@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,14 +116,19 @@ def test_o_historico_que_ja_nao_cabe_no_contexto_e_esquecido_do_mais_antigo(
     execucao_phi3: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pedidos = []
-    original = ft.prompt_servido
+    original = ft.escritor_de_prompts
 
-    def anotar(modelo: object, falas: list[dict[str, str]]) -> tuple[str, list[int]]:
-        pedidos.append([fala["content"] for fala in falas if fala["role"] == "user"])
-        return original(modelo, falas)
+    def anotar(modelo: object) -> Callable[[list[dict[str, str]]], tuple[str, list[int]]]:
+        escrever = original(modelo)
+
+        def anotado(falas: list[dict[str, str]]) -> tuple[str, list[int]]:
+            pedidos.append([fala["content"] for fala in falas if fala["role"] == "user"])
+            return escrever(falas)
+
+        return anotado
 
     ditas = iter([f"pergunta {i} " + "longa " * 60 for i in range(4)] + ["/sair"])
-    monkeypatch.setattr(ft, "prompt_servido", anotar)
+    monkeypatch.setattr(ft, "escritor_de_prompts", anotar)
     monkeypatch.setattr("builtins.input", lambda _: next(ditas))
     ft.conversar(ft.ler_opcoes(["--conversar", "--dir-saida", str(execucao_phi3[0])]))
     assert len(pedidos[-1]) < 4 and pedidos[-1][-1].startswith("pergunta 3"), "a última fica, as primeiras saem"
@@ -136,7 +142,8 @@ def test_as_respostas_geradas_juntas_sao_as_de_uma_por_vez(execucao_phi3: tuple[
     saida, registro = execucao_phi3
     modelo = llama_cpp.Llama(str(saida / registro["gguf"][0]["arquivo"]), n_ctx=1024, verbose=False)
     perguntas = [linha["input"] for linha in linhas_reais(11)]  # mais que as que vão juntas de cada vez
-    prompts = [ft.prompt_servido(modelo, [{"role": "user", "content": pergunta}])[1] for pergunta in perguntas]
+    escrever = ft.escritor_de_prompts(modelo)
+    prompts = [escrever([{"role": "user", "content": pergunta}])[1] for pergunta in perguntas]
     juntas = list(ft.responder_juntas(modelo, prompts, 12))
     assert len(juntas) == 11
     for prompt, (ids, terminou) in zip(prompts, juntas, strict=True):
