@@ -108,6 +108,10 @@ TEMPLATES = {
 }
 
 
+# o que há de igual em todo modelo daqui, menos o Phi-3
+MINUSCULO = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1)
+
+
 def escrever_tokenizer_model(vocabulario_gguf: Path, destino: Path) -> list[str]:
     """Refaz o `tokenizer.model` (sentencepiece) do Phi-3 a partir do vocabulário em GGUF do llama.cpp.
 
@@ -232,12 +236,9 @@ def construir_llama_ou_qwen(destino: Path, vocabularios: Path, familia: str, tem
     tokenizer.save_pretrained(destino)
     torch.manual_seed(0)
     config = configs[familia](
+        **MINUSCULO,  # com 128 ou 150 mil tokens no vocabulário, é a largura que decide o tempo de tudo
         vocab_size=len(tokenizer),
-        hidden_size=64,  # com 128 ou 150 mil tokens no vocabulário, é o que decide o tempo de tudo
-        intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -281,12 +282,9 @@ def construir_gemma3(destino: Path, vocabularios: Path) -> Path:
     tokenizer.save_pretrained(destino)
     torch.manual_seed(0)
     config = Gemma3TextConfig(
+        **MINUSCULO,
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
         num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=192,
@@ -310,12 +308,9 @@ def construir_mistral(destino: Path, vocabularios: Path) -> Path:
     tokenizer.save_pretrained(destino)
     torch.manual_seed(0)
     config = MistralConfig(
+        **MINUSCULO,
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         sliding_window=None,
         tie_word_embeddings=True,
     )

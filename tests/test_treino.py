@@ -264,13 +264,21 @@ def test_duzentos_mil_exemplos_sao_empacotados_em_segundos() -> None:
     assert sum(map(len, linhas)) == 200_000
 
 
+def etapas_2_a_7(cfg: Any, base: Path, treino: list[dict], validacao: list[dict]) -> dict[str, Any]:
+    """Treina `base` nestes exemplos, como o programa, e devolve o que a etapa 7 mediu."""
+    from datasets import Dataset
+
+    quantizacao = ft.etapa_2_quantizacao("cpu")
+    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(preparar(base), quantizacao)[1])
+    argumentos = ft.etapa_6_argumentos(cfg, preparar(base), quantizacao)
+    return ft.etapa_7_treinamento(cfg, modelo, Dataset.from_list(treino), Dataset.from_list(validacao), argumentos)
+
+
 def treinar_doze(phi3: Path, saida: Path, vistos: list[tuple[int, ...]]) -> None:
     """Treina, por duas passagens de quatro passos, doze exemplos de um mesmo tamanho, cada um com um id só seu.
 
     Anota em `vistos` os exemplos de cada linha, na ordem em que são treinadas.
     """
-    from datasets import Dataset
-
     opcoes = ["--dir-saida", str(saida), "--num-train-epochs", "2", "--max-length", "60", "--optim", "adamw_torch"]
     cfg = ft.ler_opcoes([*opcoes, "--max-tokens-por-linha", "60", "--save-steps", "2"])
     rotulos = [[ft.IGNORADO] * 10 + [100 + i] * 10 for i in range(12)]
@@ -283,12 +291,9 @@ def treinar_doze(phi3: Path, saida: Path, vistos: list[tuple[int, ...]]) -> None
         return original(linha)
 
     original = ft.juntar_exemplos
-    quantizacao = ft.etapa_2_quantizacao("cpu")
-    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(preparar(phi3), quantizacao)[1])
-    argumentos = ft.etapa_6_argumentos(cfg, preparar(phi3), quantizacao)
     with pytest.MonkeyPatch.context() as trocas:
         trocas.setattr(ft, "juntar_exemplos", anotar)
-        ft.etapa_7_treinamento(cfg, modelo, Dataset.from_list(treino), Dataset.from_list(validacao), argumentos)
+        etapas_2_a_7(cfg, phi3, treino, validacao)
 
 
 def test_cada_passagem_ve_cada_exemplo_uma_vez_em_outra_companhia_e_a_retomada_pelo_meio_tambem(
@@ -349,7 +354,6 @@ def test_os_exemplos_ficam_guardados_e_o_que_se_estragou_no_disco_nao_e_usado(ph
 
 def treinar_curto(phi3: Path, saida: Path, *opcoes: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Treina em quatro exemplos reais, cortados; devolve o que a etapa 7 mediu e o adaptador que gravou."""
-    from datasets import Dataset
     from safetensors.torch import load_file
 
     comuns = ["--dir-saida", str(saida), "--max-length", "60", "--max-tokens-por-linha", "240"]
@@ -357,12 +361,7 @@ def treinar_curto(phi3: Path, saida: Path, *opcoes: str) -> tuple[dict[str, Any]
     cfg = ft.ler_opcoes([*comuns, *opcoes])
     campos = ("input_ids", "labels")
     exemplos = [{campo: e[campo][:60] for campo in campos} | {"tokens": 60} for e in exemplos_reais(phi3, 8)]
-    quantizacao = ft.etapa_2_quantizacao("cpu")
-    modelo = ft.etapa_4_lora(cfg, ft.etapa_3_modelo(preparar(phi3), quantizacao)[1])
-    argumentos = ft.etapa_6_argumentos(cfg, preparar(phi3), quantizacao)
-    medido = ft.etapa_7_treinamento(
-        cfg, modelo, Dataset.from_list(exemplos[:4]), Dataset.from_list(exemplos[4:]), argumentos
-    )
+    medido = etapas_2_a_7(cfg, phi3, exemplos[:4], exemplos[4:])
     return medido, load_file(saida / "adaptador_lora" / "adapter_model.safetensors")
 
 
