@@ -512,14 +512,16 @@ def etapa_9_gguf(
         exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
         # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
         quantizar(preparo.gguf_base, base, tipos[-1], ajustes, importancia)
-        do_dia = [{"input_ids": prompt_e_ids(tokenizer, pergunta)[1], "labels": []} for pergunta in PERGUNTAS_DO_DIA]
-        todos = len(exemplos_prova)
+        prompts_do_dia = [prompt_e_ids(tokenizer, pergunta)[1] for pergunta in PERGUNTAS_DO_DIA]
+        do_dia, todos = em_outro_processo(responder_do_dia, base, cfg, prompts_do_dia), len(exemplos_prova)
         antes = em_outro_processo(provar_gguf, base, exemplos_prova, do_final, cfg, todos, do_dia=do_dia)
         for tipo in tipos:
             nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
             quantizar(f16, arquivo := pasta / nome, tipo, ajustes, importancia)
-            gerar, do_dia = (todos, antes["do_dia"]) if len(arquivos) + 1 == len(tipos) else (1, [])
-            medida = em_outro_processo(provar_gguf, arquivo, exemplos_prova, do_final, cfg, gerar, prompts, fim, do_dia)
+            servido = len(arquivos) + 1 == len(tipos)
+            opcoes = dict(gerar=todos, do_dia=do_dia) if servido else dict(gerar=1)
+            opcoes |= dict(prompts=prompts, fim=fim)
+            medida = em_outro_processo(provar_gguf, arquivo, exemplos_prova, do_final, cfg, **opcoes)
             perdeu = f"{nome} perdeu demais na quantização; ponha em QUANTIZACOES_GGUF um tipo maior, como q5_k_m"
             exigir_fidelidade(tipo, perdeu, medida)
             sobre = {"arquivo": nome, "tipo": tipo, "bytes": arquivo.stat().st_size, "sha256": sha256(arquivo)}
@@ -539,8 +541,6 @@ def etapa_9_gguf(
             trocar(pronto, saida / pronto.name)
     gravar_inteiro(saida / "Modelfile", escrever_modelfile(arquivos[-1]["arquivo"], cfg, tokenizer))
     comparacao = comparar_respostas(exemplos_prova, antes, arquivos[-1], cfg.SEED)
-    for medida in (antes, *arquivos):
-        del medida["do_dia"]
     return dict(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
 
 
@@ -595,18 +595,24 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         forma: dict[str, Any] = {"type": tipo, "metavar": tipo.__name__.upper()}
         if isinstance(padrao, bool):
             forma = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(padrao, tuple):
+        elif isinstance(padrao, tuple | list):
             forma = {"nargs": "+", "metavar": "TIPO"}
         opcao = "--" + nome.lower().replace("_", "-")
         parser.add_argument(opcao, dest=nome, default=padrao, help=ajuda.replace("%", "%%"), **forma)
     if parser.parse_known_args(argv)[0].DEMO:
         parser.set_defaults(**TROCAS_DEMO)
     cfg = parser.parse_args(argv)
-    positivas = ["MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LEARNING_RATE", "LOGGING_STEPS", "MAX_NEW_TOKENS"]
+    if isinstance(cfg.QUANTIZACOES_GGUF, str):  # ("q4_k_m"), sem a vírgula, não é uma tupla
+        cfg.QUANTIZACOES_GGUF = (cfg.QUANTIZACOES_GGUF,)
+    podem_ser_zero = ["MAX_EXEMPLOS", "LORA_DROPOUT", "PACIENCIA", "WARMUP_STEPS", "WEIGHT_DECAY", "MAX_GRAD_NORM"]
+    podem_ser_zero += ["EXEMPLOS_IMATRIX", "SEED"]
+    positivas = ["MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LORA_ALPHA", "LEARNING_RATE", "LOGGING_STEPS"]
     positivas += ["GRADIENT_ACCUMULATION_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "SAVE_STEPS", "EXEMPLOS_PROVA"]
-    for nome in positivas:
-        if getattr(cfg, nome) <= 0:
-            parser.error(f"{nome} deve ser maior que zero, e é {getattr(cfg, nome)}")
+    positivas += ["MAX_NEW_TOKENS", "MAX_TOKENS_POR_LINHA", "FRACAO_VALIDACAO"]
+    for nome in podem_ser_zero + positivas:
+        valor, zero = getattr(cfg, nome), nome in podem_ser_zero
+        if not isinstance(valor, int | float) or not (0 < valor < math.inf or (zero and valor == 0)):
+            parser.error(f"{nome} deve ser um número maior que zero{', ou zero,' if zero else ','} e é {valor!r}")
     if cfg.MAX_TOKENS_POR_LINHA < cfg.MAX_LENGTH:
         parser.error(f"MAX_TOKENS_POR_LINHA ({cfg.MAX_TOKENS_POR_LINHA}) é menor que MAX_LENGTH ({cfg.MAX_LENGTH})")
     if not cfg.QUANTIZACOES_GGUF:
@@ -615,11 +621,11 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"GRADIENT_CHECKPOINTING é sim, nao ou auto, e está {cfg.GRADIENT_CHECKPOINTING}")
     if cfg.REPORT_TO not in ("none", "tensorboard", "wandb"):
         parser.error(f"REPORT_TO é none, tensorboard ou wandb, e está {cfg.REPORT_TO}")
-    if not 0 <= cfg.SEED < 2**32:
+    if cfg.SEED >= 2**32:
         parser.error(f"SEED deve ficar entre 0 e 4294967295, e é {cfg.SEED}")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", cfg.MAX_SHARD_SIZE.upper()):
         parser.error(f"MAX_SHARD_SIZE é um tamanho como 1GB ou 500MB, e está {cfg.MAX_SHARD_SIZE}")
-    if not 0 < cfg.FRACAO_VALIDACAO < 1:
+    if cfg.FRACAO_VALIDACAO >= 1:
         parser.error(f"FRACAO_VALIDACAO deve ficar entre 0 e 1, e é {cfg.FRACAO_VALIDACAO}")
     return cfg
 
@@ -720,14 +726,15 @@ def conferir_dispositivo(cfg: argparse.Namespace, dispositivo: str, a_parte: boo
     saber antes de baixar e converter o modelo base.
     """
     do_bitsandbytes = f"bitsandbytes=={metadata.version('bitsandbytes')}"
+    outro_passo = "mude OPTIM, por exemplo para adamw_torch_fused, ou LR_SCHEDULER_TYPE, para cosine"
     remedios = {
         "multiplicar matrizes": "ponha em dia o driver da placa e instale o torch pela linha do README",
         "treinar uma camada de 4 bits": f"python -m pip install --force-reinstall --no-deps {do_bitsandbytes}",
-        f"um passo de {cfg.OPTIM}": "mude OPTIM, por exemplo para adamw_torch_fused",
+        f"um passo de {cfg.OPTIM} com a taxa {cfg.LR_SCHEDULER_TYPE}": outro_passo,
     }
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processo:
         for o_que, remedio in remedios.items():
-            tentar = functools.partial(experimentar, o_que, dispositivo, cfg.OPTIM)
+            tentar = functools.partial(experimentar, o_que, dispositivo, cfg.OPTIM, cfg.LR_SCHEDULER_TYPE)
             try:
                 processo.submit(tentar).result() if a_parte else tentar()
                 continue
@@ -739,26 +746,28 @@ def conferir_dispositivo(cfg: argparse.Namespace, dispositivo: str, a_parte: boo
             raise ErroDeUso(f"nesta máquina ({maquina}) não funciona {o_que} ({motivo}): {remedio}.")
 
 
-def experimentar(o_que: str, dispositivo: str, optim: str) -> None:
-    """Uma multiplicação, uma camada de 4 bits, ida e volta, ou um passo do otimizador."""
+def experimentar(o_que: str, dispositivo: str, optim: str, taxa: str) -> None:
+    """Faz em ponto pequeno uma das coisas que `conferir_dispositivo` nomeia; a que sobra é o passo do otimizador."""
     import torch
 
     opcoes = dict(dtype=tipo_de_calculo(dispositivo), device=dispositivo, requires_grad=True)
     entrada = torch.ones(64, 64, **opcoes)
-    if o_que.startswith("multiplicar"):
+    if o_que == "multiplicar matrizes":
         (entrada @ entrada).sum().item()
-    elif o_que.startswith("treinar"):
+    elif o_que == "treinar uma camada de 4 bits":
         from bitsandbytes.nn import LinearNF4
 
         LinearNF4(64, 64, compute_dtype=entrada.dtype).to(dispositivo)(entrada).sum().backward()
         entrada.grad.sum().item()
     else:
-        from transformers import Trainer, TrainingArguments
+        from transformers import Trainer, TrainingArguments, get_scheduler
 
         classe, dele = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=optim, report_to="none"))
         peso = torch.nn.Parameter(torch.ones(512, 512, device=dispositivo))  # grande o bastante para ser paginado
         peso.grad = torch.ones_like(peso)
-        classe([peso], **dele).step()
+        otimizador = classe([peso], **dele)
+        get_scheduler(taxa, otimizador, num_warmup_steps=1, num_training_steps=2)
+        otimizador.step()
         peso.sum().item()
 
 
@@ -768,7 +777,8 @@ MAX_PROBLEMAS = 20  # frases, e linhas de cada uma, mostradas de uma vez
 PERGUNTAS_PARECIDAS, RESPOSTAS_PARECIDAS = 0.65, 0.5  # Jaccard de 5-gramas de caracteres
 FORMATOS = (("input", "output"), ("pergunta", "resposta"), ("prompt", "completion"), ("question", "answer"))
 # chaves que dizem algo ao modelo: treinar sem uma delas seria perder o que ela diz
-CONTEUDO = {*itertools.chain(*FORMATOS), "instruction", "messages", "conversations", "system", "history"}
+CONTEUDO = {*itertools.chain(*FORMATOS), "instruction", "messages", "conversations", "system", "history", "context"}
+CONTEUDO |= {"sistema", "historico", "contexto", "reasoning_content", "thinking", "tool_calls", "images"}
 PAPEIS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 
 
@@ -792,11 +802,12 @@ def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
         raise ErroDeUso(f"o arquivo de dados {arquivo} não existe: corrija ARQUIVO_DADOS ou use --arquivo-dados.")
     vistos: dict[str, tuple[Par, str]] = {}
     problemas, avisos = collections.defaultdict(list), collections.defaultdict(list)
-    exemplos, formatos = separar_exemplos(arquivo), collections.Counter()
+    exemplos, formatos, sem_uso = separar_exemplos(arquivo), collections.Counter(), collections.Counter()
     for origem, texto in exemplos:
         try:
-            formato, par = ler_par(origem, ler_json(texto))
+            formato, par = ler_par(origem, objeto := ler_json(texto))
             formatos[" + ".join(formato)] += 1
+            sem_uso.update(chave for chave in objeto if chave not in formato)
             ambos = f"{par.pergunta}\n{par.resposta}"
             if not cfg.ACEITAR_DADOS_PESSOAIS and (achado := achar_dado_pessoal(ambos)):
                 raise ValueError(f"parece conter {achado} (LGPD); retire, ou use --aceitar-dados-pessoais")
@@ -820,7 +831,8 @@ def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
             f"{arquivo}: {len(exemplos)} linhas → {len(vistos)} pares distintos, {respostas} respostas distintas: o "
             "modelo só decoraria, e a validação não provaria nada. Traga mais exemplos, ou use --aceitar-repetidos."
         )
-    log.info("      formato dos dados: %s", ", ".join(formatos))
+    dito = f"; não vão ao treino: {', '.join(map(repr, list(sem_uso)[:MAX_PROBLEMAS]))}" if sem_uso else ""
+    log.info("      formato dos dados: %s%s", ", ".join(formatos), dito)
     for aviso, origens in avisos.items():
         log.info("      aviso: linha(s) %s: %s", enumerar(origens), aviso)
     return [par for par, _ in vistos.values()], len(exemplos)
@@ -833,20 +845,23 @@ def separar_exemplos(arquivo: Path) -> list[tuple[int, str]]:
     `ErroDeUso`, com o que foi achado.
     """
     inteiro = arquivo.read_bytes()
-    if inteiro[:2] in (b"\x1f\x8b", b"PK"):
-        raise ErroDeUso(f"{arquivo} é um arquivo compactado (gzip, zip ou planilha): exporte dele um JSONL.")
+    if inteiro.startswith((b"\x1f\x8b", b"PK", b"\xd0\xcf", b"%PDF", b"PAR1")):
+        raise ErroDeUso(f"{arquivo} é um arquivo compactado, planilha, PDF ou Parquet: exporte dele um JSONL.")
+    codificacao = "UTF-16" if inteiro[:2] in (b"\xff\xfe", b"\xfe\xff") else "UTF-8"
     try:
-        texto = inteiro.decode("utf-16" if inteiro[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        texto = inteiro.decode(codificacao).removeprefix("\ufeff")
     except UnicodeDecodeError as erro:
-        linha, byte = inteiro.count(b"\n", 0, erro.start) + 1, inteiro[erro.start]
-        raise ErroDeUso(f"{arquivo}:{linha}: byte 0x{byte:02x} que não é UTF-8; salve o arquivo em UTF-8.") from None
+        linha, achado = inteiro.count(b"\n", 0, erro.start) + 1, f"byte 0x{inteiro[erro.start]:02x} que não é"
+        raise ErroDeUso(f"{arquivo}:{linha}: {achado} {codificacao}; salve o arquivo em UTF-8.") from None
+    if "\0" in texto:
+        raise ErroDeUso(f"{arquivo} traz zeros, como um UTF-32 ou um UTF-16 sem BOM: salve o arquivo em UTF-8.")
     if texto.lstrip().startswith("["):
         return separar_array(arquivo, texto)
     linhas = [(i, linha.strip()) for i, linha in enumerate(re.split("\r\n|\r|\n", texto), 1) if linha.strip()]
     if linhas and not any(linha[0] + linha[-1] == "{}" for _, linha in linhas):
         i, inicio = linhas[0]
         if inicio[0] == "{":
-            achado = "traz objetos JSON com recuos: ponha cada um numa linha só"
+            achado = "não é um objeto JSON inteiro: ponha um em cada linha, sem recuos nem vírgula no fim"
         else:
             achado = (
                 "parece CSV ou outra tabela: exporte-a como JSONL" if re.search("[,;\t]", inicio) else "não é JSONL"
@@ -863,6 +878,8 @@ def separar_array(arquivo: Path, texto: str) -> list[tuple[int, str]]:
             _, fim = le(texto, i)
             itens.append((texto.count("\n", 0, i) + 1, texto[i:fim]))
             i = fim
+        if texto[i + 1 :].strip():
+            raise ValueError
     except (ValueError, IndexError, RecursionError):
         linha = texto.count("\n", 0, i) + 1
         raise ErroDeUso(f"{arquivo}:{linha}: começa como um array JSON, e não se lê daqui em diante.") from None
@@ -894,7 +911,8 @@ def ler_par(origem: int, objeto: Any) -> tuple[tuple[str, ...], Par]:
     if not isinstance(objeto, dict):
         raise ValueError('deveria ser um objeto JSON com "input" e "output"')
     formato, *falas = reconhecer(objeto)
-    if perdidas := sorted(chave for chave in CONTEUDO.difference(formato) if objeto.get(chave)):
+    partes = [objeto, *(objeto[formato[0]] if formato[0] in ("messages", "conversations") else [])]
+    if perdidas := sorted({c for parte in partes for c in CONTEUDO.difference(formato) if parte.get(c)}):
         raise ErroDeUso(
             f"os dados trazem, na linha {origem}, além de {' e '.join(formato)}, {' e '.join(perdidas)}, que se "
             "perderia. Cada exemplo é uma pergunta e uma resposta: junte à pergunta o que o modelo deve ler."
@@ -909,7 +927,7 @@ def ler_par(origem: int, objeto: Any) -> tuple[tuple[str, ...], Par]:
         if ruins:
             codigos = ", ".join(sorted(f"U+{ord(c):04X}" for c in ruins))
             raise ValueError(f"a {nome} traz {codigos}, que não é texto: o arquivo foi mal convertido")
-        if all(unicodedata.category(c)[0] in "ZC" for c in texto):
+        if not any(unicodedata.category(c)[0] in "LNPS" for c in texto):
             raise ValueError(f"a {nome} ({', '.join(formato)}) está vazia")
         textos.append(texto)
     return formato, Par(origem, *textos, tema=str(objeto.get("tema", "")))
@@ -943,20 +961,22 @@ def estranhezas(texto: str) -> Iterator[str]:
 
     if is_bad(texto):
         yield "acentos trocados, como em nÃºmero, de uma conversão errada"
-    if re.search(
-        r"</?(p|br|div|span|b|i|a|ul|ol|li|table|tr|td|h\d|strong|em)\b[^<>]*>|&(nbsp|amp|lt|gt);", texto, re.I
-    ):
+    marca = r"</?(p|br|div|span|b|i|a|ul|ol|li|table|tr|td|h\d|strong|em)\b[^<>]*>|&(#x?[\da-f]+|[a-z]{2,8});"
+    if re.search(marca, texto, re.I):
         yield "marcas de HTML, que o modelo aprenderia a escrever"
-    if "\\n" in texto:
-        yield "uma barra e um n no lugar da quebra de linha"
+    if re.search(r"\\([nt]|u[\da-fA-F]{4})", texto):
+        yield "uma barra e uma letra, como em \\n ou \\u00e7, no lugar do caractere"
+    if any(unicodedata.category(letra) in ("Cf", "Co", "Cn") and letra != "\u200d" for letra in texto):
+        yield "caracteres invisíveis ou de uso privado, em geral copiados de um PDF ou do Word"
 
 
 def identidade(texto: str) -> str:
-    """O que distingue um texto de outro: tudo, menos maiúsculas, espaços e a pontuação que não está entre algarismos.
+    """O que distingue um texto de outro: tudo, menos maiúsculas, espaços e a pontuação que não diz nada de um número.
 
-    Sinais, comparações, unidades e emojis ficam: "Rh+" não é "Rh-", "PA > 140" não é "PA < 140", "0,5 mg" não é "5 mg".
+    Sinais, comparações, unidades e emojis ficam: "Rh+" não é "Rh-", "PA > 140" não é "PA < 140", ".5 mg" não é "5 mg".
     """
-    return " ".join(re.sub(r"(?<!\d)[.,:]|[.,:](?!\d)|[;!?…\"“”'‘’«»()\[\]¿¡]", " ", texto.casefold()).split())
+    pontuacao = r"[.,:](?!\d)|(?<=[^\W\d_])[.,:]|(?<!\d)[\"“”'‘’]|[;!?…«»()\[\]¿¡]"
+    return " ".join(re.sub(pontuacao, " ", texto.casefold()).split())
 
 
 def achar_dado_pessoal(texto: str) -> str | None:
@@ -1401,10 +1421,11 @@ def limites_da_base(dir_base: Path) -> tuple[float, int]:
     return janela or math.inf, config.vocab_size
 
 
-def conferir_alvos(alvos: str, modelo: PreTrainedModel) -> list[str] | str:
+def conferir_alvos(alvos: str | list[str], modelo: PreTrainedModel) -> list[str] | str:
     """LORA_TARGET_MODULES na forma do PEFT; cada nome tem de ser o de uma camada linear de pesos só dela."""
     import torch
 
+    alvos = alvos if isinstance(alvos, str) else ",".join(alvos)
     if not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", alvos):
         return alvos  # all-linear, ou uma expressão regular
     nomes = [nome.strip() for nome in alvos.split(",")]
@@ -2021,9 +2042,8 @@ def provar_gguf(
     `do_final` traz um array por exemplo, um após o outro, na ordem deles. Gera resposta para os primeiros `gerar`. Se
     vêm `prompts` (pergunta, prompt, ids) e `fim`, exige do arquivo o mesmo prompt, os mesmos ids e o mesmo fim de
     turno. Com `adaptador`, um GGUF de LoRA, mede os dois juntos. Devolve `kl`, `top1` e `nll` médios por token, e os
-    de cada exemplo em `por_exemplo` (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na
-    memória do sistema), `prompt_tok_s`, `geracao_tok_s`; `memoria`, o pico do processo em bytes; e `do_dia`, as
-    perguntas de outros assuntos que vieram, com a resposta (a que já traziam, ou a deste arquivo) e a `nll` dela.
+    de cada exemplo em `por_exemplo` e de cada um de `do_dia` (`comparar_logprobs`); `respostas` e `terminou`; `carga_s`
+    (com o arquivo já na memória do sistema), `prompt_tok_s`, `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
     """
     import llama_cpp
     import numpy as np
@@ -2048,13 +2068,6 @@ def provar_gguf(
         medida["terminou"].append(terminou)
     if prompts and not any(resposta.strip() for resposta in medida["respostas"]):
         raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {exemplos[0]['pergunta']}")
-    if any(IGNORADO not in pergunta["labels"] for pergunta in do_dia):
-        dadas = responder_juntas(modelo, [pergunta["input_ids"] for pergunta in do_dia], TOKENS_DO_DIA)
-        do_dia = [
-            {"input_ids": p["input_ids"] + ids, "labels": [IGNORADO] * len(p["input_ids"]) + ids}
-            for p, (ids, _) in zip(do_dia, dadas, strict=True)
-            if ids
-        ]
     modelo.close()
     maior = max(len(exemplo["input_ids"]) for exemplo in [*exemplos, *do_dia])
     modelo = abrir_gguf(gguf, cfg, maior, logits_all=True, lora_path=adaptador)
@@ -2068,9 +2081,17 @@ def provar_gguf(
 
     with do_final.open("rb") as arquivo:
         medida["por_exemplo"] = [comparar_logprobs(np.load(arquivo), logprobs_de(e), e) for e in exemplos]
-    medida["do_dia"] = [e | comparar_logprobs(dita := logprobs_de(e), dita, e) for e in do_dia]
+    medida["do_dia"] = [comparar_logprobs(obtida := logprobs_de(e), obtida, e) for e in do_dia]
     modelo.close()
     return medida | juntar_medidas(medida["por_exemplo"])
+
+
+def responder_do_dia(gguf: Path, cfg: argparse.Namespace, prompts: list[list[int]]) -> Exemplos:
+    """A resposta gulosa do GGUF a cada prompt, como um exemplo (`codificar`); a vazia fica de fora."""
+    modelo = abrir_gguf(gguf, cfg, cfg.MAX_LENGTH)
+    dadas = list(zip(prompts, responder_juntas(modelo, prompts, TOKENS_DO_DIA), strict=True))
+    modelo.close()
+    return [{"input_ids": p + ids, "labels": [IGNORADO] * len(p) + ids} for p, (ids, _) in dadas if ids]
 
 
 def responder_juntas(modelo: Llama, prompts: list[list[int]], maximo: int) -> Iterator[tuple[list[int], bool]]:

@@ -298,7 +298,9 @@ BITSANDBYTES_QUE_MATA = {
     "functional.py": "has_avx512bf16 = lambda: False\n",
     "nn.py": "import torch\nclass LinearNF4(torch.nn.Linear):\n"
     "    def __init__(self, a, b, compute_dtype):\n        super().__init__(a, b, dtype=compute_dtype)\n",
-    "optim.py": "class AdamW:\n    def __init__(self, *a, **o): pass\n    def step(self): import os; os._exit(1)\n"
+    "optim.py": "import torch\nclass AdamW(torch.optim.SGD):\n"
+    "    def __init__(self, pesos, **o): super().__init__(pesos, lr=0.1)\n"
+    "    def step(self): import os; os._exit(1)\n"
     "Lion = RMSprop = AdEMAMix = AdamW\n",
 }
 
@@ -312,7 +314,7 @@ def test_otimizador_que_encerra_o_processo_e_dito_com_a_constante_a_mudar(
     for nome, codigo in BITSANDBYTES_QUE_MATA.items():
         (tmp_path / "bitsandbytes" / nome).write_text(codigo)
     monkeypatch.syspath_prepend(tmp_path)  # o processo filho herda estes caminhos; este já importou o de verdade
-    with pytest.raises(ft.ErroDeUso, match=r"um passo de paged_adamw_8bit \(o processo que tentou foi encerrado\)"):
+    with pytest.raises(ft.ErroDeUso, match=r"paged_adamw_8bit com a taxa cosine \(o processo que tentou foi encerrado"):
         ft.conferir_dispositivo(ft.ler_opcoes([]), "cpu", a_parte=True)
 
 
@@ -345,7 +347,8 @@ def test_driver_antigo_e_torch_que_nao_carrega_tem_cada_um_a_sua_frase(monkeypat
 
 IMPOSSIVEIS = [("--max-length", "0"), ("--fracao-validacao", "1"), ("--lora-r", "muito"), ("--exemplos-prova", "0")]
 IMPOSSIVEIS += [("--max-tokens-por-linha", "100"), ("--seed", "-1"), ("--max-shard-size", "2GiB")]
-IMPOSSIVEIS += [("--per-device-train-batch-size", "0"), ("--save-steps", "0")]
+IMPOSSIVEIS += [("--per-device-train-batch-size", "0"), ("--save-steps", "0"), ("--paciencia", "-1")]
+IMPOSSIVEIS += [("--learning-rate", "nan"), ("--num-train-epochs", "inf"), ("--warmup-steps", "-1")]
 
 
 @pytest.mark.parametrize("opcao", IMPOSSIVEIS)
@@ -405,7 +408,10 @@ def test_demo_vale_menos_que_a_opcao_dita_e_mais_que_a_constante() -> None:
     assert cfg.LORA_R == ft.LORA_R
 
 
-@pytest.mark.parametrize("opcao", [("--optim", "adamigo"), ("--lora-target-modules", "inexistente")])
+RECUSADAS = [("--optim", "adamigo"), ("--lora-target-modules", "inexistente"), ("--lr-scheduler-type", "cosseno")]
+
+
+@pytest.mark.parametrize("opcao", RECUSADAS)
 def test_constante_que_a_biblioteca_recusa_sai_com_codigo_2_e_sem_traceback(
     opcao: tuple[str, str], tmp_path: Path, phi3: Path
 ) -> None:
@@ -427,9 +433,23 @@ def test_constante_editada_para_none_ou_expressao_continua_valendo(monkeypatch: 
 
     monkeypatch.setattr(ft, "REVISAO_MODELO_BASE", None)
     monkeypatch.setattr(ft, "MAX_LENGTH", 2 * 256)
+    monkeypatch.setattr(ft, "QUANTIZACOES_GGUF", ("q8_0"))  # sem a vírgula, um texto
+    monkeypatch.setattr(ft, "LORA_TARGET_MODULES", ["qkv_proj", "o_proj"])
     cfg = ft.ler_opcoes([])
     assert cfg.REVISAO_MODELO_BASE is None and cfg.MAX_LENGTH == 512
+    assert cfg.QUANTIZACOES_GGUF == ("q8_0",) and cfg.LORA_TARGET_MODULES == ["qkv_proj", "o_proj"]
     assert ft.ler_opcoes(["--revisao-modelo-base", "main"]).REVISAO_MODELO_BASE == "main"
+
+
+def test_numero_escrito_como_texto_no_bloco_das_constantes_e_dito(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fine_tuning_saude as ft
+
+    monkeypatch.setattr(ft, "LEARNING_RATE", "2e-4")
+    with pytest.raises(SystemExit):
+        ft.ler_opcoes([])
+    assert "LEARNING_RATE deve ser um número maior que zero, e é '2e-4'" in capsys.readouterr().err
 
 
 def test_o_readme_traz_a_tabela_das_constantes_como_elas_estao() -> None:

@@ -337,6 +337,7 @@ def test_camada_que_o_modelo_base_nao_tem_e_recusada_com_as_que_ele_tem(alvos: s
     with pytest.raises(ft.ErroDeUso, match=rf"traz {ALVOS[alvos]}, e as camadas lineares .*down_proj.*qkv_proj"):
         ft.etapa_4_lora(ft.ler_opcoes(["--lora-target-modules", alvos]), base)
     assert ft.conferir_alvos("qkv_proj,o_proj", base) == ["qkv_proj", "o_proj"]
+    assert ft.conferir_alvos(["qkv_proj", "o_proj"], base) == ["qkv_proj", "o_proj"]
     base.config.tie_word_embeddings = True
     base.lm_head.weight = base.get_input_embeddings().weight  # presas uma à outra: somar numa mudaria a outra
     with pytest.raises(ft.ErroDeUso, match="traz lm_head"):

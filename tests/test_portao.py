@@ -178,6 +178,8 @@ DIFERENTES = [
     ("10% da dose?", "10 da dose?"),
     ("Pode dar 1/2?", "Pode dar 1-2?"),
     ("De 1,5 mg?", "De 1/5 mg?"),
+    ("De .5 mg?", "De 5 mg?"),
+    ("Correr 5'?", 'Correr 5"?'),
 ]
 
 
@@ -233,6 +235,11 @@ PERDAS = {
         {"messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]},
         "system, user, assistant",
     ),
+    "contexto": ({"question": "E a APS?", "answer": "É.", "context": "No SUS."}, "context"),
+    "pensamento_na_fala": (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "thinking": "z"}]},
+        "thinking",
+    ),
     "varias_falas": (
         {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant") * 2]},
         "user, assistant, user",
@@ -263,7 +270,12 @@ ESPECIES = {
     "tabela_com_tabs": ("pergunta\tresposta\nO que é\tIsto\n".encode(), "parece CSV"),
     "planilha": (b"PK\x03\x04....", "compactado"),
     "gzip": (b"\x1f\x8b\x08....", "compactado"),
-    "json_com_recuos": (json.dumps(OUTROS[0], indent=2).encode() + b"\n", "com recuos"),
+    "json_com_recuos": (json.dumps(OUTROS[0], indent=2).encode() + b"\n", "sem recuos"),
+    "virgula_no_fim": (jsonl(OUTROS[0]) + b",\n" + jsonl(OUTROS[1]) + b",\n", "nem vírgula no fim"),
+    "dois_arrays": (json.dumps(OUTROS).encode() + b"\n[]", "não se lê daqui em diante"),
+    "utf32": (jsonl(*OUTROS).decode().encode("utf-32"), "traz zeros"),
+    "utf16_cortado": (jsonl(*OUTROS).decode().encode("utf-16")[:-1], "que não é UTF-16"),
+    "xls_antigo": (b"\xd0\xcf\x11\xe0....", "planilha"),
     "latin1": ('{"input": "saúde", "output": "y"}\n'.encode("latin-1") * 30, "byte 0xfa que não é UTF-8"),
     "array_cortado": (json.dumps(OUTROS).encode()[:-9], "não se lê daqui em diante"),
 }
@@ -280,6 +292,7 @@ def test_arquivo_de_outra_especie_e_dito_numa_frase(especie: str, tmp_path: Path
 TEXTOS = {
     "substituicao": ({"input": "Sa\ufffdde?", "output": "É."}, "a pergunta traz U\\+FFFD"),
     "invisivel": ({"input": "\u200b\u2060", "output": "É."}, "a pergunta .* está vazia"),
+    "so_acentos": ({"input": "\u0301\ufe0f", "output": "É."}, "a pergunta .* está vazia"),
     "controle": ({"input": "Saúde\x07?", "output": "É."}, "a pergunta traz U\\+0007"),
     "numero": ({"input": "Quantas?", "output": 2}, "a resposta .* é 2, e deveria ser um texto"),
     "nulo": ({"input": "Quantas?", "output": None}, "a resposta .* falta"),
@@ -303,11 +316,20 @@ def test_chave_dita_duas_vezes_e_recusada_com_a_linha(tmp_path: Path) -> None:
 
 def test_o_que_costuma_ser_engano_e_avisado_com_as_linhas(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "fine_tuning_saude")
-    estranhas = ["Qual o nÃºmero da sala, e a situaÃ§Ã£o?", "Leia <b>isto</b>.", "Um\\ndois."]
+    estranhas = ["Qual o nÃºmero da sala, e a situaÃ§Ã£o?", "Leia <b>isto</b>.", "Um\\ndois.", "Uma \uf0b7 lista."]
+    estranhas += ["Aten\\u00e7ão.", "R&eacute;gua."]
     objetos = [{"input": texto, "output": f"Resposta {i}."} for i, texto in enumerate(estranhas)]
     ler_bytes(tmp_path, jsonl(*OUTROS, *objetos, {"input": "e a DENGUE", "output": "hidratar"}))
-    for linha, aviso in ((3, "acentos trocados"), (4, "HTML"), (5, "uma barra e um n"), (6, "repete outra linha")):
-        assert f"linha(s) {linha}: {aviso}" in caplog.text.replace("marcas de HTML", "HTML"), caplog.text
+    avisos = {"3": "acentos trocados", "4, 8": "marcas de HTML", "5, 7": "uma barra e uma letra"}
+    avisos |= {"6": "caracteres invisíveis", "9": "repete outra linha"}
+    for linhas, aviso in avisos.items():
+        assert f"linha(s) {linhas}: {aviso}" in caplog.text, caplog.text
+
+
+def test_as_chaves_que_nao_vao_ao_treino_sao_ditas(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fine_tuning_saude")
+    ler_bytes(tmp_path, jsonl(*OUTROS, {"input": "E a raiva?", "output": "Lavar.", "nível": "difícil"}))
+    assert "formato dos dados: input + output; não vão ao treino: 'nível'" in caplog.text
 
 
 def test_o_texto_e_lido_em_nfc(tmp_path: Path) -> None:
