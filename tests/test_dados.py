@@ -53,7 +53,7 @@ NORMA = (
 )
 ORGAO = (
     r"(Ministério da Saúde|INCA|Anvisa|Fiocruz|Conasems|Conass|Conitec|Funasa|CVV|Ministério d[aeo] [^.]+|"
-    r"Sociedade Brasileira de [^.]+|Conselho [^.]+|Organização (Pan-Americana|Mundial) da Saúde)\. .+"
+    r"Supremo Tribunal Federal|Sociedade Brasileira de [^.]+|Conselho [^.]+|Organização (Pan-Americana|Mundial) da Saúde)\. .+"
 )
 PALAVRAS_DE_LIGACAO = """
 a à ao aos as às o os um uma uns umas de da do das dos em na no nas nos num numa por pela pelo pelas pelos
