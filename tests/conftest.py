@@ -139,6 +139,12 @@ class Execucao:
         return self.dito
 
 
+def guardar_base(pronta: Path, saida: Path) -> Path:
+    """Põe em `saida` a base que a execução `pronta` converteu e provou: quem não prova a etapa 1 não espera por ela."""
+    shutil.copytree(pronta / "checkpoints" / "base", saida / "checkpoints" / "base")
+    return saida
+
+
 def disse(texto: str) -> Callable[[Execucao], bool]:
     """O momento em que o programa escreve `texto`."""
     return lambda execucao: texto in execucao.dito

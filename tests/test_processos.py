@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import DOIS, Execucao, existe
+from conftest import DOIS, Execucao, existe, guardar_base
 from interprete import executavel
 
 import fine_tuning_saude as ft
@@ -46,9 +46,9 @@ def dois_processos(tmp_path_factory: pytest.TempPathFactory, phi3: Path) -> tupl
 
 
 @pytest.fixture
-def morta(tmp_path: Path, phi3: Path) -> Iterator[tuple[Path, str]]:
+def morta(tmp_path: Path, phi3: Path, um_processo: Path) -> Iterator[tuple[Path, str]]:
     """Dois processos, dos quais o segundo é morto no treino, depois de um checkpoint: a pasta e o que se disse."""
-    saida = tmp_path / "saida"
+    saida = guardar_base(um_processo, tmp_path / "saida")
     execucao = Execucao(saida, phi3, lancador=DOIS, **rapidos()).esperar(existe(f"checkpoints/checkpoint-2/{ft.SOMAS}"))
     filhos = {p.environ()["RANK"]: p for p in psutil.Process(execucao.processo.pid).children()}
     filhos["1"].send_signal(signal.SIGKILL)
@@ -67,9 +67,9 @@ def test_dois_processos_treinam_o_mesmo_que_um_com_o_dobro_da_acumulacao(
 
 
 def test_o_accelerate_launch_faz_o_mesmo_que_o_torchrun(
-    tmp_path: Path, phi3: Path, dois_processos: tuple[Path, str]
+    tmp_path: Path, phi3: Path, um_processo: Path, dois_processos: tuple[Path, str]
 ) -> None:
-    saida = tmp_path / "saida"
+    saida = guardar_base(um_processo, tmp_path / "saida")
     Execucao(saida, phi3, lancador=ACCELERATE, **rapidos()).terminar()
     assert json.loads((saida / "execucao.json").read_text(encoding="utf-8"))["processos"] == 2
     assert curva(saida) == curva(dois_processos[0])

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, Execucao, disse, existe
+from conftest import DADOS, Execucao, disse, existe, guardar_base
 
 import fine_tuning_saude as ft
 
@@ -61,11 +61,17 @@ def saida(pasta: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def parada_no_treino(saida: Path, base: Path) -> Iterator[Path]:
+def com_base(saida: Path, intacta: tuple[Path, dict[str, str]]) -> Path:
+    """Uma pasta de saída que só tem a base convertida."""
+    return guardar_base(intacta[0], saida)
+
+
+@pytest.fixture
+def parada_no_treino(com_base: Path, base: Path) -> Iterator[Path]:
     """Uma execução morta no treino, depois do segundo checkpoint."""
-    execucao = Execucao(saida, base).esperar(existe(f"checkpoints/checkpoint-4/{ft.SOMAS}"))
+    execucao = Execucao(com_base, base).esperar(existe(f"checkpoints/checkpoint-4/{ft.SOMAS}"))
     execucao.matar()
-    yield saida
+    yield com_base
 
 
 @pytest.fixture
@@ -96,6 +102,8 @@ def mortas(pasta: Path, base: Path, intacta: tuple[Path, dict[str, str]]) -> dic
 
     def matar_e_repetir(momento: str) -> str:
         saida = pasta / momento
+        if "etapa_1" not in momento:
+            guardar_base(intacta[0], saida)
         antes = DEVAGAR if "adaptador" in momento else ""
         for etapa in range(2, 6) if momento == "etapas_2_a_6" else ():
             Execucao(saida, base).esperar(disse(f"[{etapa}/9]")).matar()
@@ -139,17 +147,17 @@ def test_relogio_que_anda_para_tras_nao_confunde_os_checkpoints(
 
 
 def test_ctrl_c_para_na_hora_e_a_execucao_seguinte_continua_do_ultimo_checkpoint(
-    saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+    com_base: Path, base: Path, intacta: tuple[Path, dict[str, str]]
 ) -> None:
     # quem é iniciado em segundo plano herda o Ctrl-C ignorado; aqui ele vale, como num terminal
     devagar = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     devagar += "import time, transformers; passo = transformers.Trainer.training_step\n"  # senão, o treino já acabou
     devagar += "transformers.Trainer.training_step = lambda *a, **o: (time.sleep(0.5), passo(*a, **o))[1]"
-    execucao = Execucao(saida, base, antes=devagar).esperar(existe(f"checkpoints/checkpoint-2/{ft.SOMAS}"))
+    execucao = Execucao(com_base, base, antes=devagar).esperar(existe(f"checkpoints/checkpoint-2/{ft.SOMAS}"))
     os.kill(execucao.processo.pid, signal.SIGINT)
     assert "interrompido por quem executa" in execucao.terminar(130)
-    assert "continuando de checkpoint-" in Execucao(saida, base).terminar()
-    assert resultado(saida) == intacta[1]
+    assert "continuando de checkpoint-" in Execucao(com_base, base).terminar()
+    assert resultado(com_base) == intacta[1]
 
 
 ESTRAGOS = {"adaptador": "adaptador_lora/adapter_model.safetensors", "gguf": "novo_modelo.gguf"}
@@ -204,12 +212,12 @@ def test_modelo_base_truncado_e_dito_e_consertado_a_execucao_continua(
 
 
 def test_duas_execucoes_na_mesma_pasta_a_segunda_e_recusada(
-    saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+    com_base: Path, base: Path, intacta: tuple[Path, dict[str, str]]
 ) -> None:
-    primeira = Execucao(saida, base).esperar(disse("[7/9]"))
-    assert f"outra execução está usando {saida}" in Execucao(saida, base).terminar(2)
+    primeira = Execucao(com_base, base).esperar(disse("[7/9]"))
+    assert f"outra execução está usando {com_base}" in Execucao(com_base, base).terminar(2)
     primeira.terminar()
-    assert resultado(saida) == intacta[1]
+    assert resultado(com_base) == intacta[1]
 
 
 CHEIOS = {"etapa_7": ("[7/9]", 50_000), "etapa_8": ("[8/9]", 1_000_000), "etapa_9": ("[9/9]", 1_000_000)}
@@ -221,7 +229,9 @@ def test_disco_cheio_e_dito_em_uma_frase_e_com_espaco_a_execucao_continua(
     etapa: str, saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
 ) -> None:
     momento, bytes_por_arquivo = CHEIOS[etapa]
-    if etapa != "etapa_7":  # de uma execução pronta, a que falta o que a etapa faz
+    if etapa == "etapa_7":
+        guardar_base(intacta[0], saida)
+    else:  # de uma execução pronta, a que falta o que a etapa faz
         shutil.copytree(intacta[0], saida)
         (saida / "novo_modelo.gguf").unlink()
         if etapa == "etapa_8":
@@ -237,7 +247,7 @@ def test_disco_cheio_e_dito_em_uma_frase_e_com_espaco_a_execucao_continua(
 
 
 def test_falta_de_memoria_da_gpu_e_dita_e_a_execucao_seguinte_continua(
-    saida: Path, base: Path, intacta: tuple[Path, dict[str, str]]
+    com_base: Path, base: Path, intacta: tuple[Path, dict[str, str]]
 ) -> None:
     faltar = (
         "import torch, transformers\n"
@@ -248,10 +258,10 @@ def test_falta_de_memoria_da_gpu_e_dita_e_a_execucao_seguinte_continua(
         "    return passo(self, *a, **o)\n"
         "transformers.Trainer.training_step = estourar\n"
     )
-    dito = Execucao(saida, base, antes=faltar).terminar(1)
+    dito = Execucao(com_base, base, antes=faltar).terminar(1)
     assert "faltou memória" in dito and "MAX_TOKENS_POR_LINHA" in dito
-    assert "continuando de checkpoint-4" in Execucao(saida, base).terminar()
-    assert resultado(saida) == intacta[1]
+    assert "continuando de checkpoint-4" in Execucao(com_base, base).terminar()
+    assert resultado(com_base) == intacta[1]
 
 
 def test_pasta_em_que_nao_se_escreve_e_dita(tmp_path: Path, base: Path) -> None:
