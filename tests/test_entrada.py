@@ -418,6 +418,7 @@ def test_constante_que_a_biblioteca_recusa_sai_com_codigo_2_e_sem_traceback(
     feito = executar("--modelo-base", phi3, "--dir-saida", tmp_path / "saida", "--treinar-na-cpu", *opcao)
     assert feito.returncode == 2, feito.stderr
     assert opcao[1] in feito.stderr and "Traceback" not in feito.stderr
+    assert "[2/9]" not in feito.stdout, "dito antes de carregar o modelo"
 
 
 def test_pasta_de_saida_sem_permissao_e_dita_sem_traceback(tmp_path: Path) -> None:
