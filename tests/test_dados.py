@@ -48,12 +48,13 @@ TEMAS = {
 NORMA = (
     r"(Constituição Federal/1988|Emenda Constitucional nº|Lei nº|Lei Complementar nº|Decreto nº|Decreto-Lei nº|"
     r"Medida Provisória nº|Portaria( de Consolidação| Conjunta| Interministerial)? ?[A-Za-z/\-]* ?nº|"
-    r"Resolução (CNS|CIT|RDC Anvisa|Cofen|CFM|CFO|CFF|CFP|CFN|CFESS|Coffito|Conanda|Conama|CNAS|CD/FNDE|CD/ANPD) nº|"
+    r"Resolução (Conjunta CNJ/CNMP|CNS|CIT|RDC Anvisa|Cofen|CFM|CFO|CFF|CFP|CFN|CFESS|Coffito|Conanda|Conama|CNAS|"
+    r"CD/FNDE|CD/ANPD) nº|"
     r"Instrução Normativa|Norma Regulamentadora nº|Nota Técnica|Nota Informativa|Ofício Circular)"
 )
 ORGAO = (
     r"(Ministério da Saúde|INCA|Anvisa|Fiocruz|Conasems|Conass|Conitec|Funasa|CVV|Ministério d[aeo] [^.]+|"
-    r"Supremo Tribunal Federal|Sociedade Brasileira de [^.]+|Conselho [^.]+|"
+    r"Supremo Tribunal Federal|Tribunal Superior do Trabalho|Sociedade Brasileira de [^.]+|Conselho [^.]+|"
     r"Organização (Pan-Americana|Mundial) da Saúde)\. .+"
 )
 PALAVRAS_DE_LIGACAO = """
