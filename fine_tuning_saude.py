@@ -551,7 +551,7 @@ MODELO_DEMO = "SmolLM2-135M-Instruct"
 TROCAS_DEMO = {
     "MODELO_BASE": MODELO_DEMO,
     "DIR_SAIDA": "saida_demo",
-    "MAX_EXEMPLOS": 230,
+    "MAX_EXEMPLOS": 150,
     "FRACAO_VALIDACAO": 0.08,
     "NUM_TRAIN_EPOCHS": 1.0,
     "MAX_LENGTH": 512,
@@ -1253,9 +1253,10 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     def como_a_atencao(_: Any, q: Any, k: Any, v: Any, *args: Any, **opcoes: Any) -> tuple[Any, None]:
-        saida = q.unflatten(1, (k.shape[1], -1)) * k[:, :, None] * v[:, :, None]  # guarda q, k, v e a saída, como ela
-        if dispositivo == "cpu":  # e as probabilidades, se cada exemplo tem uns 256 tokens
-            saida = saida + (q[..., :1] * q.new_ones(256)).exp().sum(-1, keepdim=True).view(*saida.shape[:-1], 1)
+        juntas, k, v = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
+        saida = juntas * k * v  # guarda q, k, v e a saída, como ela
+        if dispositivo == "cpu":  # ou, por extenso, q, k, v e as probabilidades, se cada exemplo tem uns 256 tokens
+            saida = juntas * k + v.square() + (juntas[..., :1] * q.new_ones(256)).exp().sum(-1, keepdim=True)
         return saida.flatten(1, 2).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("estimativa", como_a_atencao)
@@ -1993,7 +1994,7 @@ KL_MAXIMA = {"merge": 0.001, "f16": 0.001, "adaptador": 0.001, "q8_0": 0.02, "q4
 # minúsculo, dão 3e-3
 RUIDO_MAXIMO = {"merge": 1e-3, "f16": 1e-4, "adaptador": 1e-3, "quantização": 0.2}
 RESPOSTAS_JUNTAS = 8  # conversas em que a prova gera ao mesmo tempo; mais pedem mais memória e já não poupam tempo
-TOKENS_DO_DIA = 48  # de cada resposta da base às perguntas de outros assuntos
+TOKENS_DO_DIA = 48  # de cada resposta da base às perguntas de outros assuntos, se MAX_NEW_TOKENS não é menor
 PERGUNTAS_DO_DIA = (
     "Qual é a capital da França?",
     "Quanto é 12 vezes 8?",
@@ -2088,8 +2089,8 @@ def provar_gguf(
 
 def responder_do_dia(gguf: Path, cfg: argparse.Namespace, prompts: list[list[int]]) -> Exemplos:
     """A resposta gulosa do GGUF a cada prompt, como um exemplo (`codificar`); a vazia fica de fora."""
-    modelo = abrir_gguf(gguf, cfg, cfg.MAX_LENGTH)
-    dadas = list(zip(prompts, responder_juntas(modelo, prompts, TOKENS_DO_DIA), strict=True))
+    modelo, maximo = abrir_gguf(gguf, cfg, cfg.MAX_LENGTH), min(TOKENS_DO_DIA, cfg.MAX_NEW_TOKENS)
+    dadas = list(zip(prompts, responder_juntas(modelo, prompts, maximo), strict=True))
     modelo.close()
     return [{"input_ids": p + ids, "labels": [IGNORADO] * len(p) + ids} for p, (ids, _) in dadas if ids]
 

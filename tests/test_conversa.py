@@ -94,9 +94,10 @@ def test_perguntar_escreve_so_a_resposta_a_mesma_do_llama_cpp_e_acaba(execucao_p
     saida, registro = execucao_phi3
     feito = executar("--perguntar", "O que é APS?", "--dir-saida", saida)
     assert feito.returncode == 0 and "SAMU 192" in feito.stderr, feito.stderr
-    modelo = llama_cpp.Llama(str(saida / registro["gguf"][-1]["arquivo"]), n_ctx=1024, verbose=False)
+    maximo = registro["constantes"]["MAX_LENGTH"]
+    modelo = llama_cpp.Llama(str(saida / registro["gguf"][-1]["arquivo"]), n_ctx=2 * maximo, verbose=False)
     conversa = [{"role": "user", "content": "O que é APS?"}]
-    esperada = modelo.create_chat_completion(conversa, temperature=0.0, max_tokens=512)["choices"][0]["message"]
+    esperada = modelo.create_chat_completion(conversa, temperature=0.0, max_tokens=maximo)["choices"][0]["message"]
     modelo.close()
     assert feito.stdout == esperada["content"] + "\n"
 

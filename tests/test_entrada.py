@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, PROGRAMA, RAIZ, executar, segundos_de_cpu
+from conftest import DADOS, PROGRAMA, RAIZ, executar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interprete import executavel
@@ -49,31 +49,26 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def importados(*opcoes: object, pasta: Path = RAIZ) -> tuple[set[str], float, str]:
-    """Executa o programa num Python que começa do nada: o que ele importou, os segundos de CPU, e o que disse."""
-    antes = segundos_de_cpu()
+def importados(*opcoes: object, pasta: Path = RAIZ) -> tuple[set[str], str]:
+    """Executa o programa num Python que começa do nada: os pacotes que ele importou, e o que disse."""
     comando = [sys.executable, "-c", QUE_IMPORTOU, str(PROGRAMA), *map(str, opcoes)]
     feito = subprocess.run(comando, cwd=pasta, capture_output=True, text=True, encoding="utf-8")
     pacotes = set(feito.stderr.partition("IMPORTOU ")[2].split())
-    return pacotes, segundos_de_cpu() - antes, feito.stdout + feito.stderr
+    return pacotes, feito.stdout + feito.stderr
 
 
 def test_o_que_ha_a_corrigir_e_dito_antes_dos_imports_pesados(tmp_path: Path) -> None:
     (tmp_path / "dados.jsonl").write_bytes(BOA + b"x\n")
-    pacotes, segundos, dito = importados("--arquivo-dados", "dados.jsonl", "--demo", pasta=tmp_path)
+    pacotes, dito = importados("--arquivo-dados", "dados.jsonl", "--demo", pasta=tmp_path)
     assert "dados.jsonl:2" in dito and "torch" in pacotes
     assert not pacotes & {"transformers", "datasets", "peft", "accelerate", "bitsandbytes", "llama_cpp", "matplotlib"}
-    assert segundos < 3
 
 
 @pytest.mark.parametrize("caso", RUINS)
-def test_dado_ruim_da_uma_frase_com_a_linha_em_tres_segundos_e_nada_escrito(caso: str, tmp_path: Path) -> None:
+def test_dado_ruim_da_uma_frase_com_a_linha_e_nada_escrito(caso: str, tmp_path: Path) -> None:
     conteudo, frase = RUINS[caso]
     (tmp_path / "dados.jsonl").write_bytes(conteudo)
-    executavel()  # o servidor, se este é o primeiro teste, começa antes da medida
-    inicio = time.perf_counter()
     feito = executar("--arquivo-dados", "dados.jsonl", "--demo", pasta=tmp_path)
-    assert time.perf_counter() - inicio < 3
     assert feito.returncode == 2
     assert frase in feito.stderr
     assert "Traceback" not in feito.stderr
@@ -95,16 +90,14 @@ def test_todas_as_linhas_com_problema_sao_listadas_de_uma_vez_com_o_total(tmp_pa
     assert feito.stderr.count("não é JSON") == 1 and "22 e mais 9)" in feito.stderr
 
 
-def test_tudo_o_que_ha_de_errado_e_dito_de_uma_vez_em_cinco_segundos(tmp_path: Path) -> None:
+def test_tudo_o_que_ha_de_errado_e_dito_de_uma_vez(tmp_path: Path) -> None:
     (tmp_path / "dados.jsonl").write_bytes(BOA + b"x\n")
     (tmp_path / "base").mkdir()
-    inicio = time.perf_counter()
     feito = executar(
         *("--arquivo-dados", "dados.jsonl", "--quantizacoes-gguf", "q99", "--modelo-base", "não existe"),
         pasta=tmp_path,
         CUDA_VISIBLE_DEVICES="",
     )
-    assert time.perf_counter() - inicio < 5
     assert feito.returncode == 2
     assert feito.stderr.count("\n- ") == 4
     for dito in ("dados.jsonl:2", "q99", "--treinar-na-cpu", "não existe não está nesta máquina"):
@@ -389,9 +382,9 @@ def test_o_que_demora_se_ve_andar_num_terminal_e_fora_dele_diz_quanto_levou(
     assert terminal.getvalue().endswith("\r"), "a linha se apaga no fim"
 
 
-def test_help_sai_em_um_segundo_e_mostra_toda_constante() -> None:
-    pacotes, segundos, ajuda = importados("--help")
-    assert segundos < 1 and not pacotes - {"_distutils_hack"}, pacotes  # este, o setuptools põe em todo Python
+def test_help_nao_importa_pacote_nenhum_e_mostra_toda_constante() -> None:
+    pacotes, ajuda = importados("--help")
+    assert not pacotes - {"_distutils_hack"}, pacotes  # este, o setuptools põe em todo Python
     bloco = PROGRAMA.read_text(encoding="utf-8").partition("\ndef main(")[0]
     constantes = [linha.split(" = ")[0] for linha in bloco.splitlines() if linha[:2].isupper() and " = " in linha]
     assert len(constantes) > 25

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DADOS, OPCOES_RAPIDAS, RAIZ, executar, executar_ate_o_fim, linhas_reais, preparar
+from conftest import CURTAS, DADOS, OPCOES_RAPIDAS, RAIZ, executar, executar_ate_o_fim, linhas_reais, preparar
 from modelos import TEMPLATES
 
 import fine_tuning_saude as ft
@@ -39,7 +39,7 @@ def test_o_registro_traz_nove_etapas_constantes_versoes_e_somas_dos_arquivos(exe
     assert all(e["nome"] and e["segundos"] >= 0 for e in registro["etapas"].values())
     assert registro["constantes"]["LORA_R"] == ft.LORA_R and registro["constantes"]["LEARNING_RATE"] == 0.01
     assert registro["versoes"]["torch"] and registro["versoes"]["llama-cpp-python"]
-    assert registro["sha256_dados"] == hashlib.sha256(DADOS.read_bytes()).hexdigest()
+    assert registro["sha256_dados"] == hashlib.sha256(CURTAS.read_bytes()).hexdigest()
     assert [a["arquivo"] for a in registro["gguf"]] == ["novo_modelo.gguf", "novo_modelo-q4_k_m.gguf"]
     for arquivo in registro["gguf"]:
         conteudo = (saida / arquivo["arquivo"]).read_bytes()

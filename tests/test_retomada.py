@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, Execucao, disse, existe, guardar_base
+from conftest import CURTAS, Execucao, disse, existe, guardar_base
 
 import fine_tuning_saude as ft
 
@@ -192,7 +192,7 @@ def test_outra_execucao_na_mesma_pasta_e_recusada_com_o_que_mudou_e_recomecar_a_
     pronta: Path, base: Path, tmp_path: Path, intacta: tuple[Path, dict[str, str]]
 ) -> None:
     mudados = tmp_path / "dados.jsonl"
-    mudados.write_text(DADOS.read_text(encoding="utf-8").replace("APS", "atenção primária"), encoding="utf-8")
+    mudados.write_text(CURTAS.read_text(encoding="utf-8").replace("APS", "atenção primária"), encoding="utf-8")
     opcoes = ("--arquivo-dados", mudados, "--lora-r", "8")
     dito = Execucao(pronta, base, *opcoes).terminar(2)
     assert "LORA_R: era 16 e agora é 8" in dito and "SHA-256 dos dados" in dito and "--recomecar" in dito

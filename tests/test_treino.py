@@ -3,6 +3,7 @@
 import itertools
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ import fine_tuning_saude as ft
 def exemplos(phi3: Path) -> list[dict[str, Any]]:
     """Quatro exemplos reais, de tamanhos diferentes."""
     return exemplos_reais(phi3, 4)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def tipo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """O tipo em que se calcula numa CPU com AVX-512 bf16 e numa sem ele, seja qual for a desta máquina."""
+    monkeypatch.setattr(ft, "tipo_de_calculo", lambda dispositivo: request.param)
+    return request.param
 
 
 def carregar(phi3: Path, atencao: str, checkpointing: bool):  # noqa: ANN201
@@ -65,7 +73,7 @@ def test_a_linha_cheia_da_a_mesma_perda_e_os_mesmos_gradientes_que_um_por_um(
 
 
 def test_recalcular_qualquer_numero_de_camadas_da_a_mesma_perda_e_os_mesmos_gradientes(
-    phi3: Path, exemplos: list[dict[str, Any]]
+    tipo: torch.dtype, phi3: Path, exemplos: list[dict[str, Any]]
 ) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -80,7 +88,7 @@ def test_recalcular_qualquer_numero_de_camadas_da_a_mesma_perda_e_os_mesmos_grad
             if "lora_B" in nome:
                 torch.nn.init.normal_(parametro, std=0.05)
         modelo.config.use_cache = False
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=tipo == torch.bfloat16):
             obtidos.append(gradientes(modelo.train(), [exemplos]))
     for perda, dos_adaptadores in obtidos[1:]:
         assert perda == obtidos[0][0]
@@ -192,18 +200,19 @@ def test_a_perda_em_pedacos_e_a_perda_e_os_gradientes_de_uma_vez(
     assert projetou == (construir is not softcap), "só se projeta depois o que a sonda mostrou que dá o mesmo"
 
 
-def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mini(
-    phi3: Path, exemplos: list[dict[str, Any]]
+def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda(
+    tipo: torch.dtype, phi3: Path, exemplos: list[dict[str, Any]]
 ) -> None:
-    from transformers import AutoConfig, Phi3Config
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-    # na linha cheia de verdade, o que se guarda para a volta
+    # na linha cheia de verdade, o que se guarda para a volta; exemplos de uns 256 tokens, como a estimativa os supõe
+    pares = zip(exemplos[:2], exemplos[:1:-1], strict=True)
+    exemplos = [{nome: a[nome] + b[nome] for nome in ("input_ids", "labels")} for a, b in pares]
     total = sum(len(exemplo["input_ids"]) for exemplo in exemplos)
     cfg = ft.ler_opcoes(["--max-length", str(total), "--max-tokens-por-linha", str(total)])
-    from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register("por_exemplo", ft.atencao_por_exemplo)
-    base = AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.bfloat16, attn_implementation="por_exemplo")
+    base = AutoModelForCausalLM.from_pretrained(phi3, dtype=tipo, attn_implementation="por_exemplo")
     modelo = ft.etapa_4_lora(cfg, base).train()
     dos_pesos = {peso.untyped_storage().data_ptr() for peso in modelo.parameters()}
     guardados: dict[int, torch.UntypedStorage] = {}
@@ -216,7 +225,7 @@ def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mi
     lote = ft.juntar_exemplos(exemplos)
     lote = {nome: v for nome, v in lote.items() if nome not in ("labels", "logits_to_keep")}
     ganchos = torch.autograd.graph.saved_tensors_hooks(guardar, lambda tensor: tensor)
-    with ganchos, torch.autocast("cpu", torch.bfloat16):
+    with ganchos, torch.autocast("cpu", torch.bfloat16, enabled=tipo == torch.bfloat16):
         modelo.get_base_model().base_model(**lote, use_cache=False)
     medido = sum(dados.nbytes() for dados in guardados.values())
     *_, estimado = ft.estimar_memoria(cfg, AutoConfig.from_pretrained(phi3), "cpu")
@@ -224,7 +233,12 @@ def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda_e_os_pesos_do_phi3_mi
         ft.ler_opcoes(["--max-length", "1", "--max-tokens-por-linha", "1"]), AutoConfig.from_pretrained(phi3), "cpu"
     )
     assert medido > 1e6
-    assert estimado[0] - sem_tokens[0] == pytest.approx(medido, rel=0.1)
+    assert estimado[0] - sem_tokens[0] == pytest.approx(medido, rel=0.05)
+
+
+def test_a_estimativa_da_placa_e_a_da_conta_a_mao_para_o_phi3_mini() -> None:
+    from transformers import Phi3Config
+
     parametros, _, phi3_mini = ft.estimar_memoria(ft.ler_opcoes([]), Phi3Config(), "cuda")
     assert parametros == 3_821_079_552
     assert 2.2e9 < phi3_mini[-1] < 7.0 * 2**30 < phi3_mini[0]
@@ -253,15 +267,15 @@ def test_as_linhas_tem_cada_exemplo_uma_vez_e_quase_sem_sobra() -> None:
     assert ft.empacotar([5, 5, 5], 5) == [[0], [1], [2]] and ft.empacotar([3, 7], 10) == [[1, 0]]
 
 
-def test_duzentos_mil_exemplos_sao_empacotados_em_segundos() -> None:
-    import time
-
+def test_dez_vezes_mais_exemplos_nao_pedem_trinta_vezes_mais_tempo_para_empacotar() -> None:
     sorteio = random.Random(0)
-    tamanhos = [sorteio.randint(60, 400) for _ in range(200_000)]
-    inicio = time.perf_counter()
-    linhas = ft.empacotar(tamanhos, 2048)
-    assert time.perf_counter() - inicio < 20
-    assert sum(map(len, linhas)) == 200_000
+    segundos = []
+    for quantos in (20_000, 200_000):  # o menor já não cabe no cache do processador
+        tamanhos = [sorteio.randint(60, 400) for _ in range(quantos)]
+        inicio = time.process_time()
+        assert sum(map(len, ft.empacotar(tamanhos, 2048))) == quantos
+        segundos.append(time.process_time() - inicio)
+    assert segundos[1] < 30 * segundos[0], segundos
 
 
 def etapas_2_a_7(cfg: Any, base: Path, treino: list[dict], validacao: list[dict]) -> dict[str, Any]:
