@@ -658,8 +658,7 @@ def conferir_instalacao() -> None:
     """Exige o Python e os pacotes de que todo o resto precisa."""
     if sys.version_info < (3, 11):  # noqa: UP036 — dito em vez de quebrar no meio
         raise ErroDeUso(f"este Python é o {platform.python_version()}, e o programa pede o 3.11 ou mais novo.")
-    instalados = {str(pacote.name).lower().replace("_", "-") for pacote in metadata.distributions()}
-    if faltam := [pacote for pacote in PACOTES if pacote not in instalados]:
+    if faltam := [pacote for pacote in PACOTES if not any(metadata.distributions(name=pacote))]:
         raise ErroDeUso(f"faltam pacotes ({', '.join(faltam)}): execute python -m pip install -r requirements.txt")
 
 
