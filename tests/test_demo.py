@@ -49,12 +49,12 @@ def test_a_demonstracao_faz_conta_de_poucos_minutos(demonstracao: tuple[Path, di
     registro = demonstracao[1]
     curva, linha = registro["perda_validacao"]["curva"], registro["constantes"]["MAX_TOKENS_POR_LINHA"]
     passos, medidas = curva[-1][0], [passo for passo, nome, _ in curva if nome == "eval_perda"]
-    assert passos * linha <= 50_000, f"{passos} passos de {linha} tokens"
+    assert passos * linha <= 30_000, f"{passos} passos de {linha} tokens"
     assert medidas[0] == 0 and medidas[-1] == passos and len(medidas) <= 3, medidas
     gerados = sum(len(arquivo["respostas"]) for arquivo in registro["gguf"]) + len(registro["respostas_da_base"])
     assert gerados * registro["constantes"]["MAX_NEW_TOKENS"] <= 1000
 
 
-def test_merge_gguf_e_prova_nao_levam_mais_que_o_treino(demonstracao: tuple[Path, dict]) -> None:
+def test_merge_gguf_e_prova_nao_levam_o_dobro_do_treino(demonstracao: tuple[Path, dict]) -> None:
     segundos = {numero: etapa["segundos"] for numero, etapa in demonstracao[1]["etapas"].items()}
-    assert segundos["8"] + segundos["9"] <= segundos["7"]
+    assert segundos["8"] + segundos["9"] <= 2 * segundos["7"]

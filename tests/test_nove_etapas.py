@@ -388,8 +388,8 @@ def test_prompt_que_o_llama_cpp_leria_de_outro_modo_e_dito_com_a_linha_antes_do_
     linhas = linhas_reais(12)
     linhas[6]["input"] = "Qual  é o prazo de retorno?"  # dois espaços
     (tmp_path / "dados.jsonl").write_text("\n".join(map(json.dumps, linhas)), encoding="utf-8")
-    opcoes = ["--arquivo-dados", "dados.jsonl", "--modelo-base", base, *OPCOES_RAPIDAS, "--fracao-validacao", "0.3"]
-    feito = executar(*opcoes, pasta=tmp_path)
+    opcoes = [*OPCOES_RAPIDAS, "--arquivo-dados", "dados.jsonl", "--modelo-base", base, "--fracao-validacao", "0.3"]
+    feito = executar(*opcoes, "--max-length", "512", "--max-tokens-por-linha", "512", pasta=tmp_path)
     assert feito.returncode == 2, feito.stdout + feito.stderr
     assert "dados.jsonl:7: o llama.cpp lê" in feito.stderr and "Qual  é" in feito.stderr
     assert "[2/9]" not in feito.stdout
