@@ -2836,10 +2836,10 @@ def explicar(problema: Exception) -> str | None:
 
 def listar_problemas(titulo: str, arquivo: Path, problemas: dict[str, list[int]]) -> NoReturn:
     """Encerra a execução com cada frase de `problemas`, {frase: linhas do arquivo}, uma vez só, e o total de linhas."""
-    frases = [
-        f"{arquivo}:{linhas[0]}: {frase}" + (f" (também nas linhas {enumerar(linhas[1:])})" if linhas[1:] else "")
-        for frase, linhas in problemas.items()
-    ]
+    frases = []
+    for frase, (primeira, *outras) in problemas.items():
+        tambem = f" (também {'nas linhas' if outras[1:] else 'na linha'} {enumerar(outras)})" if outras else ""
+        frases.append(f"{arquivo}:{primeira}: {frase}{tambem}")
     resto = [f"e mais {len(frases) - MAX_PROBLEMAS}"] if len(frases) > MAX_PROBLEMAS else []
     total = len({linha for linhas in problemas.values() for linha in linhas})
     raise ErroDeUso("\n  ".join([f"{total} {titulo}:", *frases[:MAX_PROBLEMAS], *resto]))

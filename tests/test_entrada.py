@@ -88,6 +88,8 @@ def test_todas_as_linhas_com_problema_sao_listadas_de_uma_vez_com_o_total(tmp_pa
     assert "30 linha(s) com problema" in feito.stderr
     assert "dados.jsonl:2: não é JSON válido (coluna 1) (também nas linhas 3, 4, 5," in feito.stderr
     assert feito.stderr.count("não é JSON") == 1 and "22 e mais 9)" in feito.stderr
+    (tmp_path / "dados.jsonl").write_bytes(BOA + b"x\n" * 2)
+    assert "(também na linha 3)" in executar("--arquivo-dados", "dados.jsonl", pasta=tmp_path).stderr
 
 
 def test_tudo_o_que_ha_de_errado_e_dito_de_uma_vez(tmp_path: Path) -> None:
