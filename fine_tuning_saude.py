@@ -1254,9 +1254,10 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
 
     def como_a_atencao(_: Any, q: Any, k: Any, v: Any, *args: Any, **opcoes: Any) -> tuple[Any, None]:
         juntas, k, v = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
-        saida = juntas * k * v  # guarda q, k, v e a saída, como ela
-        if dispositivo == "cpu":  # ou, por extenso, q, k, v e as probabilidades, se cada exemplo tem uns 256 tokens
+        if dispositivo == "cpu":  # por extenso, guarda q, k, v e as probabilidades, se cada exemplo tem uns 256 tokens
             saida = juntas * k + v.square() + (juntas[..., :1] * q.new_ones(256)).exp().sum(-1, keepdim=True)
+        else:  # guarda q, k, v e a saída
+            saida = juntas * k * v
         return saida.flatten(1, 2).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("estimativa", como_a_atencao)

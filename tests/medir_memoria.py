@@ -4,25 +4,22 @@ Treina algumas linhas cheias e compara a estimativa com o pico dos tensores, que
 processo, que também traz o que o alocador do sistema não devolve.
 """
 
-import re
 import sys
 import tempfile
 import threading
-from pathlib import Path
 
+import psutil
 import torch
-from conftest import DADOS
+from conftest import DADOS, preparar
+from medir_tamanho_real import memoria_propria
 
 import fine_tuning_saude as ft
 
-
-def memoria_propria() -> int:
-    """Bytes deste processo que não são páginas de arquivos (só no Linux)."""
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+ESTE = psutil.Process()
 
 
 class Pico(threading.Thread):
-    """A maior `memoria_propria` enquanto existe, vista a cada centésimo de segundo."""
+    """A maior `memoria_propria` deste processo, vista a cada centésimo de segundo."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -31,7 +28,7 @@ class Pico(threading.Thread):
 
     def run(self) -> None:
         while not self.fim.wait(0.01):
-            self.valor = max(self.valor, memoria_propria())
+            self.valor = max(self.valor, memoria_propria(ESTE))
 
 
 def pico_de_tensores(perfil: torch.profiler.profile) -> int:
@@ -54,9 +51,8 @@ def main() -> None:
         base = ft.preparar_modelo_demo(cfg)
         pares = ft.ler_dados(cfg)[0][:100]
         estimada = ft.estimar_memoria(cfg, AutoConfig.from_pretrained(base), "cpu")[2][0]
-        preparo = ft.Preparo(pares, "cpu", recalculadas=0, dir_base=base, conversor=base, gguf_base=None, ajustes={})
-        pacotes = memoria_propria()
-        tokenizer, modelo = ft.etapa_3_modelo(preparo, ft.etapa_2_quantizacao("cpu"))
+        pacotes = memoria_propria(ESTE)
+        tokenizer, modelo = ft.etapa_3_modelo(preparar(base), ft.etapa_2_quantizacao("cpu"))
         modelo = ft.etapa_4_lora(cfg, modelo).train()
         modelo.config.use_cache = False
         linhas = ft.Linhas(ft.etapa_5_dados(cfg, pares, tokenizer)[0], cfg)
@@ -65,8 +61,7 @@ def main() -> None:
 
         def treinar(i: int) -> None:
             lote = ft.juntar_exemplos(linhas[i])
-            bf16 = modelo.dtype == torch.bfloat16
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=modelo.dtype == torch.bfloat16):
                 modelo(**lote, num_items_in_batch=lote["labels"].numel()).loss.backward()
 
         with ft.perda_em_pedacos(modelo.get_base_model()):

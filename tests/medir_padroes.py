@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conftest import RAIZ
+from conftest import RAIZ, preparar
 
 import fine_tuning_saude as ft
 
@@ -31,7 +31,7 @@ def treinar(opcoes: list[str], demo: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as saida:
         cfg = ft.ler_opcoes(["--treinar-na-cpu", "--dir-saida", saida, "--num-train-epochs", "1", *opcoes])
         pares, _ = ft.ler_dados(cfg)
-        preparo = ft.Preparo(pares, "cpu", recalculadas=0, dir_base=demo, conversor=demo, gguf_base=None, ajustes={})
+        preparo = preparar(demo)
         quantizacao = ft.etapa_2_quantizacao("cpu")
         tokenizer, modelo = ft.etapa_3_modelo(preparo, quantizacao)
         modelo = ft.etapa_4_lora(cfg, modelo)

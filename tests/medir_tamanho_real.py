@@ -62,6 +62,12 @@ def montar_base(pasta: Path) -> Path:
     return pasta
 
 
+def memoria_propria(processo: psutil.Process) -> int:
+    """Bytes que o processo ocupa agora, sem as páginas de arquivos."""
+    memoria = processo.memory_info()
+    return memoria.rss - memoria.shared
+
+
 class Medida:
     """Tempo, memória e bytes escritos de cada etapa de uma execução, lidos de fora dela."""
 
@@ -78,8 +84,7 @@ class Medida:
             soma = 0
             for processo in [self.raiz, *self.filhos()]:
                 try:
-                    memoria = processo.memory_info()
-                    soma += memoria.rss - memoria.shared
+                    soma += memoria_propria(processo)
                     self.escritos[processo.pid] = processo.io_counters().write_bytes
                 except (psutil.NoSuchProcess, psutil.AccessDenied):
                     continue
