@@ -110,8 +110,8 @@ SEED = 42  # semente de sorteios e pesos iniciais
 QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; o primeiro fica em novo_modelo.gguf, o último é o servido
 ADAPTADOR_GGUF = False  # também o adaptador sozinho, em novo_modelo-adaptador.gguf, para somar a uma base que já se tem
 MAX_SHARD_SIZE = "1GB"  # tamanho máximo de cada safetensors do modelo final; gravá-lo pede outro tanto de memória
-EXEMPLOS_IMATRIX = 64  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
-EXEMPLOS_PROVA = 24  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
+EXEMPLOS_IMATRIX = 32  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
+EXEMPLOS_PROVA = 16  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
 MAX_NEW_TOKENS = 128  # tokens de cada resposta gerada na prova
 
 
@@ -124,15 +124,16 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.ERROR if processo_e_total()[0] else logging.INFO)
     cfg = ler_opcoes(argv)
-    registro = Registro(cfg)
+    registro, conversa = Registro(cfg), cfg.CONVERSAR or cfg.PERGUNTAR is not None
     try:
-        if cfg.CONVERSAR or cfg.PERGUNTAR is not None:
+        if conversa:
             conversar(cfg)
         else:
             executar(cfg, registro)
         return 0
     except KeyboardInterrupt:
-        erro, codigo = "interrompido por quem executa; execute de novo para continuar do último checkpoint", 130
+        erro, codigo = "interrompido por quem executa", 130
+        erro += "" if conversa else "; execute de novo para continuar do último checkpoint"
     except (ErroDeUso, FalhaNaExecucao) as problema:
         erro, codigo = str(problema), 2 if isinstance(problema, ErroDeUso) else 1
     except Exception as problema:
@@ -214,13 +215,13 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[P
     (pares, lidas), _, dispositivo, dir_base = conferir_tudo(cfg, *conferencias)
     acalmar_bibliotecas()
     conferir_dispositivo(cfg, dispositivo, a_parte=dispositivo == "cuda")
-    recalculadas = conferir_recursos(cfg, dir_base, dispositivo) if dir_base else None  # custa segundos: por último
+    plano = conferir_recursos(cfg, dir_base, dispositivo) if dir_base else None  # custa segundos: por último
     registro.abrir()
     log.info("      %s: %d linhas → %d pares distintos", cfg.ARQUIVO_DADOS, lidas, len(pares))
     conversor = garantir_llama_cpp(cfg)
     dir_base = localizar_modelo_base(cfg)
-    if recalculadas is None:  # o modelo da demonstração, que só agora existe
-        recalculadas = conferir_recursos(cfg, dir_base, dispositivo)
+    if plano is None:  # o modelo da demonstração, que só agora existe
+        plano = conferir_recursos(cfg, dir_base, dispositivo)
     registro.identificar(cfg, dispositivo, dir_base)
     registro.continuar(cfg.RECOMECAR)
     if 0 < cfg.MAX_EXEMPLOS < len(pares):  # pela semente e pelo conteúdo, e não pela ordem das linhas
@@ -232,7 +233,7 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[P
         # a etapa 9 compara o modelo final com este; e o que o llama.cpp não faz como o treino se sabe antes de treinar
         gguf_base = garantir_gguf_da_base(cfg, conversor, dir_base, registro.campos["sha256_base"], exemplos)
         ajustes = achar_ajustes(cfg, gguf_base, exemplos, id_do_fim_de_turno(tokenizer))
-    return Preparo(pares, dispositivo, recalculadas, dir_base, conversor, gguf_base, ajustes), registro.ultima_pronta
+    return Preparo(pares, dispositivo, *plano, dir_base, conversor, gguf_base, ajustes), registro.ultima_pronta
 
 
 def etapa_2_quantizacao(dispositivo: str) -> BitsAndBytesConfig:
@@ -279,16 +280,17 @@ def etapa_3_modelo(
         use_safetensors=True,
     )
     log.info("      %s, %.0f MB em 4 bits", modelo.config.model_type, modelo.get_memory_footprint() / 1e6)
-    if dispositivo == "cpu":
-        # os mesmos valores de 4 bits, desfeitos uma vez e não a cada passo; e, com AVX-512 bf16, o bitsandbytes 0.50
-        # reempacota a camada na primeira avaliação, e daí em diante ela não devolve gradiente, sem erro nenhum
+    if preparo.desfeita:
+        # os mesmos valores de 4 bits, desfeitos uma vez e não a cada passo. Na CPU, sempre: com AVX-512 bf16 o
+        # bitsandbytes 0.50 reempacota a camada na primeira avaliação, e daí em diante ela não devolve gradiente, sem
+        # erro nenhum
         modelo = modelo.dequantize()
     if modelo.config._attn_implementation == "sdpa":
         AttentionInterface.register("por_exemplo", atencao_por_exemplo)
         modelo.set_attn_implementation("por_exemplo")
     if preparo.recalculadas:
         modelo.activation_checkpointing_enable({"use_reentrant": False})
-        camadas = [camada for camada in modelo.modules() if isinstance(camada, GradientCheckpointingLayer)]
+        camadas = [c for c in modelo.get_decoder().modules() if isinstance(c, GradientCheckpointingLayer)]
         for camada in camadas[preparo.recalculadas :]:
             camada.gradient_checkpointing = False
     return tokenizer, modelo
@@ -399,9 +401,11 @@ def etapa_7_treinamento(
     Os melhores são os do `passo` de menor perda na validação. Devolve-a, em nats por token, `antes`, `depois` (nele) e
     no `ultimo`, e a `curva`: [passo, nome, valor] do diário.
     """
-    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerState
 
     pasta, linhas = Path(argumentos.output_dir), Linhas(treino, cfg)
+    # de um checkpoint, o PEFT leria o adaptador na primeira placa, seja qual for a deste processo
+    modelo.load_adapter = functools.partial(modelo.load_adapter, torch_device="cpu")
     modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
     with perda_em_pedacos(modelo.get_base_model()) as nll_por_token:
         trainer = Trainer(
@@ -418,9 +422,13 @@ def etapa_7_treinamento(
         trainer.remove_callback(PrinterCallback)
         trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
         checkpoint = so_o_primeiro(achar_checkpoint, pasta)
-        # por dentro de train(): avaliado antes, o modelo ficaria sem a soma dos gradientes entre processos
-        argumentos.eval_on_start = checkpoint is None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        de_antes = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
+        if de_antes and de_antes.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            trainer.state = de_antes  # o treino tinha acabado, e só falta o adaptador: dali viria um passo a mais
+        else:
+            # por dentro de train(): avaliado antes, o modelo ficaria sem a soma dos gradientes entre processos
+            argumentos.eval_on_start = checkpoint is None
+            trainer.train(resume_from_checkpoint=checkpoint)
     estado, nomes = trainer.state, ("loss", "eval_perda")
     curva = [[ponto["step"], n, ponto[n]] for ponto in estado.log_history for n in nomes if n in ponto]
     antes, *_, ultimo = (valor for _, nome, valor in curva if nome == "eval_perda")
@@ -458,7 +466,7 @@ def etapa_8_merge(
         base = AutoModelForCausalLM.from_pretrained(
             dir_base, dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True
         )
-        com_adaptador, medidas = PeftModel.from_pretrained(base, saida / "adaptador_lora"), []
+        com_adaptador, medidas = PeftModel.from_pretrained(base, saida / "adaptador_lora", torch_device="cpu"), []
         divergiu = "o treino divergiu; baixe LEARNING_RATE ou NUM_TRAIN_EPOCHS e execute com --recomecar"
         with calculo_em_fp32(base, divergiu), (provisoria / "logprobs.npy").open("wb") as arquivo:
             da_soma = list(logprobs(com_adaptador, exemplos_prova[:PROVAS_EXATAS]))
@@ -474,15 +482,24 @@ def etapa_8_merge(
             np.savez(provisoria / "importancia.npz", **medir_importancia(modelo, amostra))
         perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
         exigir_fidelidade("merge", perdido, juntar_medidas(medidas))
-    eos = modelo.generation_config.eos_token_id
+    geracao = modelo.generation_config
+    eos = geracao.eos_token_id
     eos = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
-    modelo.generation_config.eos_token_id = sorted({*eos, id_do_fim_de_turno(tokenizer)})
+    geracao.eos_token_id = sorted({*eos, id_do_fim_de_turno(tokenizer)})
+    if not geracao.do_sample:  # há bases que os trazem mesmo assim, e o transformers não os grava
+        geracao.temperature = geracao.top_p = geracao.top_k = geracao.min_p = geracao.typical_p = None
     with andamento("modelo completo gravado em modelo_final"), pasta_inteira(saida / "modelo_final") as provisoria:
         modelo.save_pretrained(provisoria, max_shard_size=cfg.MAX_SHARD_SIZE)
-        tokenizer.save_pretrained(provisoria)
-        # o transformers 5 não grava o tokenizer.model, e sem ele o conversor do llama.cpp recusa o Phi-3
-        if (dir_base / "tokenizer.model").is_file():
-            shutil.copyfile(dir_base / "tokenizer.model", provisoria / "tokenizer.model")
+        # os arquivos do tokenizer são os da base, que o conversor do llama.cpp já leu: nos que o transformers 5 grava
+        # faltam o tokenizer.model (Phi-3), tokens (Gemma) e a classe (Phi-4)
+        for arquivo in itertools.chain(*map(dir_base.glob, ARQUIVOS_DA_BASE)):
+            if ".safetensors" not in arquivo.name and not (provisoria / arquivo.name).exists():
+                shutil.copyfile(arquivo, provisoria / arquivo.name)
+        config = json.loads((provisoria / "tokenizer_config.json").read_bytes())
+        config |= {"pad_token": tokenizer.pad_token, "padding_side": "right"}
+        config.pop("chat_template", None)  # vai no arquivo dele, já fixado
+        gravar_inteiro(provisoria / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        gravar_inteiro(provisoria / "chat_template.jinja", tokenizer.chat_template)
 
 
 def etapa_9_gguf(
@@ -573,6 +590,7 @@ class Preparo(NamedTuple):
     pares: list[Par]
     dispositivo: str  # "cuda" ou "cpu"
     recalculadas: int  # as primeiras camadas, cujas ativações o treino recalcula em vez de guardar
+    desfeita: bool  # se o treino usa a base desfeita dos 4 bits, já em 16, e não a desfaz a cada passo
     dir_base: Path  # a pasta do modelo base
     conversor: Path  # o convert_hf_to_gguf.py do llama.cpp
     gguf_base: Path | None  # a base em GGUF de 16 bits; None se tudo já está pronto
@@ -732,7 +750,7 @@ def conferir_dispositivo(cfg: argparse.Namespace, dispositivo: str, a_parte: boo
         "treinar uma camada de 4 bits": f"python -m pip install --force-reinstall --no-deps {do_bitsandbytes}",
         f"um passo de {cfg.OPTIM} com a taxa {cfg.LR_SCHEDULER_TYPE}": outro_passo,
     }
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processo:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=ficar_so) as processo:
         for o_que, remedio in remedios.items():
             tentar = functools.partial(experimentar, o_que, dispositivo, cfg.OPTIM, cfg.LR_SCHEDULER_TYPE)
             try:
@@ -744,6 +762,12 @@ def conferir_dispositivo(cfg: argparse.Namespace, dispositivo: str, a_parte: boo
                 motivo = f"{type(erro).__name__}: {str(erro).strip().partition(chr(10))[0][:200]}"
             maquina = descrever_maquina(dispositivo)
             raise ErroDeUso(f"nesta máquina ({maquina}) não funciona {o_que} ({motivo}): {remedio}.")
+
+
+def ficar_so() -> None:
+    """Faz deste processo, que o de um torchrun abriu, um sozinho: o accelerate esperaria os outros."""
+    for nome in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(nome, None)
 
 
 def experimentar(o_que: str, dispositivo: str, optim: str, taxa: str) -> None:
@@ -762,7 +786,8 @@ def experimentar(o_que: str, dispositivo: str, optim: str, taxa: str) -> None:
     else:
         from transformers import Trainer, TrainingArguments, get_scheduler
 
-        classe, dele = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=optim, report_to="none"))
+        argumentos = TrainingArguments(optim=optim, use_cpu=dispositivo == "cpu", report_to="none")
+        classe, dele = Trainer.get_optimizer_cls_and_kwargs(argumentos)
         peso = torch.nn.Parameter(torch.ones(512, 512, device=dispositivo))  # grande o bastante para ser paginado
         peso.grad = torch.ones_like(peso)
         otimizador = classe([peso], **dele)
@@ -845,8 +870,10 @@ def separar_exemplos(arquivo: Path) -> list[tuple[int, str]]:
     `ErroDeUso`, com o que foi achado.
     """
     inteiro = arquivo.read_bytes()
-    if inteiro.startswith((b"\x1f\x8b", b"PK", b"\xd0\xcf", b"%PDF", b"PAR1")):
-        raise ErroDeUso(f"{arquivo} é um arquivo compactado, planilha, PDF ou Parquet: exporte dele um JSONL.")
+    de_outra_especie = (b"\x1f\x8b", b"PK", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"7z\xbc\xaf", b"Rar!")  # compactados
+    de_outra_especie += (b"\xd0\xcf", b"%PDF", b"PAR1", b"ARROW1", b"SQLite")
+    if inteiro.startswith(de_outra_especie):
+        raise ErroDeUso(f"{arquivo} é um arquivo compactado, planilha, PDF, Parquet ou banco: exporte dele um JSONL.")
     codificacao = "UTF-16" if inteiro[:2] in (b"\xff\xfe", b"\xfe\xff") else "UTF-8"
     try:
         texto = inteiro.decode(codificacao).removeprefix("\ufeff")
@@ -1136,7 +1163,7 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
         return exigir_base_inteira(pasta)
     import requests
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     sem_rede = False  # então vale o que já foi baixado; perguntado sem rede, o huggingface_hub insiste por 25 s
     try:
@@ -1147,6 +1174,11 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
     opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=arquivos, local_files_only=sem_rede)
     try:
         pasta = Path(snapshot_download(cfg.MODELO_BASE, **opcoes))
+    except GatedRepoError:
+        raise ErroDeUso(
+            f"o modelo base {cfg.MODELO_BASE} só se baixa por quem aceitou a licença, na página dele no Hugging Face, "
+            "e entrou com `hf auth login`."
+        ) from None
     except (HfHubHTTPError, ValueError, OSError) as erro:
         raise ErroDeUso(
             f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
@@ -1190,16 +1222,22 @@ def exigir_base_inteira(pasta: Path) -> Path:
 
 # ---------------------------------------------------------------- memória e disco
 
+# por peso, em NF4 com dupla quantização: meio byte, e um por bloco de 64 e quatro por 256 blocos
+BYTES_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 
-def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> int:
-    """Confere memória e disco livres contra a estimativa; diz de quantas camadas o treino deve recalcular ativações."""
+
+def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> tuple[int, bool]:
+    """Confere memória e disco livres contra a estimativa.
+
+    Devolve de quantas camadas o treino deve recalcular ativações, e se a base vai desfeita dos 4 bits.
+    """
     import psutil
     import torch
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False)
-        parametros, otimizador, memoria = estimar_memoria(cfg, config, dispositivo)
+        parametros, otimizador, a_desfazer, memoria = estimar_memoria(cfg, config, dispositivo)
     except (ValueError, KeyError, AttributeError, RuntimeError) as erro:
         tipo = json.loads((dir_base / "config.json").read_bytes()).get("model_type")
         raise ErroDeUso(
@@ -1210,6 +1248,10 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     na_maquina = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processos que dividem a RAM
     livre = torch.cuda.mem_get_info()[0] if dispositivo == "cuda" else ram.available // na_maquina
     camadas = len(memoria) - 1
+    # numa placa, só se sobra: com várias, as outras podem ter menos livre que a do primeiro processo
+    sobra = memoria[0] + a_desfazer <= 0.9 * livre and cfg.GRADIENT_CHECKPOINTING != "sim"
+    desfeita = dispositivo == "cpu" or (sobra and processo_e_total()[1] == 1)
+    memoria = [bytes_ocupados + a_desfazer * desfeita for bytes_ocupados in memoria]
     cabem = next((n for n in range(camadas) if memoria[n] <= 0.9 * livre), camadas)
     recalculadas = {"sim": camadas, "nao": 0, "auto": cabem}[cfg.GRADIENT_CHECKPOINTING]
     em_16_bits, GiB = 2 * parametros, 2**30
@@ -1238,13 +1280,16 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
         raise ErroDeUso("\n- ".join(problemas))
     log.info("      dispositivo de treino: %s", descrever_maquina(dispositivo))
     modo = f", recalculando as ativações de {recalculadas} das {camadas} camadas" if recalculadas else ""
+    modo += ", com a base desfeita dos 4 bits uma vez só" if desfeita else ""
     log.info("      memória do treino, estimada: %.2f GiB%s", memoria[recalculadas] / GiB, modo)
     log.info("      memória livre: %.1f GiB; disco: usa até %.1f GB de %.0f", livre / GiB, escreve / 1e9, disco / 1e9)
-    return recalculadas
+    return recalculadas, desfeita
 
 
-def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> tuple[int, int, list[float]]:
-    """Parâmetros da base, bytes do que vai a um checkpoint, e bytes que o treino ocupa se recalcula 0, 1, … camadas.
+def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> tuple[int, int, float, list[float]]:
+    """Parâmetros da base; bytes do que vai a um checkpoint; os que se somam se a base vai desfeita; os do treino.
+
+    Os do treino são uma lista: se recalcula as ativações de 0, 1, … camadas.
 
     Faz no dispositivo "meta" do PyTorch, que não ocupa memória, a ida de uma linha cheia, e soma o que o autograd
     guardaria para a volta.
@@ -1263,14 +1308,15 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
     AttentionInterface.register("estimativa", como_a_atencao)
     tipo = tipo_de_calculo(dispositivo)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=tipo, attn_implementation="sdpa")
+        base = AutoModelForCausalLM.from_config(config, dtype=tipo)
+    conferir_atencao(base)
     base.set_attn_implementation("estimativa")
     parametros = base.num_parameters()
     lineares = [m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear)]
     lineares.remove(base.get_output_embeddings().weight.numel())  # esta fica em 16 bits
-    # NF4 com dupla quantização: meio byte por peso, um por bloco de 64 e quatro por 256 blocos
     em_4_bits = 0 if dispositivo == "cpu" else sum(lineares)
-    pesos = tipo.itemsize * (parametros - em_4_bits) + em_4_bits * (0.5 + 1 / 64 + 4 / (64 * 256))
+    a_desfazer = em_4_bits * (tipo.itemsize - BYTES_NF4)
+    pesos = tipo.itemsize * parametros - a_desfazer
     with torch.device("meta"):
         modelo = etapa_4_lora(cfg, base).train()
     da_base = {peso.untyped_storage()._cdata for peso in modelo.parameters()}
@@ -1295,7 +1341,8 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
     # de uma camada recalculada só fica a entrada; na volta, as ativações dela, uma camada de cada vez
     camadas, guardada = texto.num_hidden_layers, ativacoes / texto.num_hidden_layers
     ocupado = [n * entradas / camadas + (camadas - n + min(n, 1)) * guardada for n in range(camadas + 1)]
-    return parametros, otimizador, [fixo + bytes_das_camadas for bytes_das_camadas in ocupado]
+    ao_carregar = pesos + sum(lineares) * BYTES_NF4 if dispositivo == "cpu" else 0  # os de 4 bits e os já desfeitos
+    return parametros, otimizador, a_desfazer, [max(ao_carregar, fixo + das_camadas) for das_camadas in ocupado]
 
 
 # ---------------------------------------------------------------- modelo e atenção
@@ -1423,6 +1470,20 @@ def limites_da_base(dir_base: Path) -> tuple[float, int]:
     return janela or math.inf, config.vocab_size
 
 
+def conferir_atencao(modelo: PreTrainedModel) -> None:
+    """Exige que um exemplo só pudesse ver os outros da mesma linha pela atenção, em que são separados."""
+    import torch
+
+    outras = {*(getattr(modelo.config.get_text_config(), "layer_types", None) or ())}
+    outras -= {"full_attention", "sliding_attention"}
+    outras |= {"Conv1d" for camada in modelo.get_decoder().modules() if isinstance(camada, torch.nn.Conv1d)}
+    if outras:
+        raise ErroDeUso(
+            f"o modelo base tem camadas ({', '.join(sorted(outras))}) em que um exemplo veria os outros da mesma "
+            "linha: escolha um modelo só de atenção."
+        )
+
+
 def conferir_alvos(alvos: str | list[str], modelo: PreTrainedModel) -> list[str] | str:
     """LORA_TARGET_MODULES na forma do PEFT; cada nome tem de ser o de uma camada linear de pesos só dela."""
     import torch
@@ -1491,7 +1552,7 @@ def conferir_exemplos(
     achar = re.compile("|".join(re.escape(token) for token in sorted(controles, key=len, reverse=True)) or "$^")
     for par in pares:
         for token in sorted({*achar.findall(f"{par.pergunta}\n{par.resposta}")}):
-            problemas[f"traz {token}, que para este modelo base é um token de controle; reescreva-o"].append(par.origem)
+            problemas[f"traz {token}, um token de controle ou só deste modelo base; reescreva-o"].append(par.origem)
     if problemas:
         listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", arquivo, problemas)
     exemplos, (janela, com_linha) = codificar_dados(cfg, pares, tokenizer), limites_da_base(dir_base)
@@ -1515,6 +1576,11 @@ def conferir_exemplos(
         )
     linhas = Linhas(exemplos.select(treino), cfg)
     passos = math.ceil(cfg.NUM_TRAIN_EPOCHS * math.ceil(len(linhas) / linhas.por_passo))
+    if (cfg.WARMUP_STEPS if cfg.WARMUP_STEPS >= 1 else math.ceil(cfg.WARMUP_STEPS * passos)) >= passos:
+        raise ErroDeUso(
+            f"o treino teria {passos} passo(s), todos de aquecimento, e quase nada se aprenderia: aumente "
+            "NUM_TRAIN_EPOCHS, ou baixe WARMUP_STEPS, GRADIENT_ACCUMULATION_STEPS ou MAX_TOKENS_POR_LINHA."
+        )
     log.info("      o treino terá %d passos, de %d linha(s) cada", passos, linhas.por_passo)
     return exemplos
 
@@ -1649,11 +1715,14 @@ def juntar_exemplos(exemplos: Exemplos) -> dict[str, Any]:
 def acompanhar(linhas: Linhas, pasta: Path) -> Any:
     """O que o `Trainer` chama durante o treino: o diário, as linhas de cada passagem e o selo dos checkpoints."""
     import torch
-    from transformers import TrainerCallback
+    from transformers import ProgressCallback, TrainerCallback
+
+    ProgressCallback.on_log = TrainerCallback.on_log  # a barra do Trainer fica; as medidas, diz o Acompanhante
 
     class Acompanhante(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
             self.inicio, self.primeiro = time.perf_counter(), state.global_step
+            state.compute_steps(args, state.max_steps)  # LOGGING_STEPS é o de agora, e não o do checkpoint
             # lido de um checkpoint, o estado paginado do bitsandbytes é memória comum com a marca de paginada, e a
             # primeira tentativa de paginá-la encerra o processo
             for valor in itertools.chain(*(estado.values() for estado in optimizer.state.values())):
@@ -1765,7 +1834,7 @@ def calculo_em_fp32(modelo: PreTrainedModel, se_passa: str) -> Iterator[None]:
     import torch
 
     def para_fp32(camada: Any, entradas: Any) -> None:
-        if entradas[0].is_floating_point() and not entradas[0].abs().max() < MAIOR_FP16:
+        if entradas and entradas[0].is_floating_point() and not entradas[0].abs().max() < MAIOR_FP16:
             raise FalhaNaExecucao(f"há ativações além de {MAIOR_FP16}, que um GGUF de 16 bits não guarda: {se_passa}.")
         guardados.extend((peso, peso.data) for peso in camada.parameters(recurse=False))
         camada.float()
@@ -1913,7 +1982,8 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustes: dict[str, Any], impo
     arquitetura = next(a for a, nome in MODEL_ARCH_NAMES.items() if nome == ajustado.metadata["general.architecture"])
     nomes = get_tensor_name_map(arquitetura, int(ajustado.metadata[f"{MODEL_ARCH_NAMES[arquitetura]}.block_count"]))
     # só os blocos, como o llama-imatrix: na projeção de saída a matriz atrapalha
-    no_gguf = {n: v for nome, v in importancia.items() if (n := nomes.get_name(nome) or "").startswith("blk.")}
+    no_gguf = {nomes.get_name(nome.replace("language_model.", "")) or "": v for nome, v in importancia.items()}
+    no_gguf = {nome: valores for nome, valores in no_gguf.items() if nome.startswith("blk.")}
     if importancia and not no_gguf:
         raise FalhaNaExecucao("nenhuma camada medida tem nome no GGUF: use --exemplos-imatrix 0 com este modelo base.")
     matriz = (llama_cpp.llama_model_imatrix_data * (len(no_gguf) + 1))()  # a última, vazia, marca o fim
@@ -2303,7 +2373,8 @@ de referência. Velocidade e memória: {{ maquina }}; contexto de {{ cfg.MAX_LEN
 {{ n(100 * a.top1, ".1f") }} % | {{ n(a.nll) }} | {{ n(a.carga_s, ".1f") }} | {{ n(a.prompt_tok_s, ".0f") }} | \
 {{ n(a.geracao_tok_s, ".1f") }} | {{ n(a.memoria / 1e6, ".0f") }} |
 {% endfor %}
-Os prompts de cada arquivo, escritos pelo template dele, foram comparados id por id com os do treino, e são iguais.
+Os prompts da validação e {{ amostra }} dos do treino, escritos por cada arquivo com o template dele, têm os ids com que
+foram treinados; antes do treino, no GGUF da base, todos foram comparados.
 
 ## Perguntas da validação, antes e depois
 
@@ -2330,7 +2401,8 @@ modelo base; a dos dados, a de quem os forneceu.
 """
 
 
-LICENCAS = {"Phi-3-mini-4k-instruct": "mit", MODELO_DEMO: "apache-2.0"}  # as das bases que o programa conhece
+# as das bases que o programa conhece, pelo começo do nome
+LICENCAS = {"Phi-3": "mit", "SmolLM2": "apache-2.0", "Qwen3": "apache-2.0", "Llama-3.2": "llama3.2", "gemma-3": "gemma"}
 ESQUECIMENTO = 0.1  # nats por token: cada token do que a base dizia ficou ao menos um décimo menos provável
 
 
@@ -2344,13 +2416,14 @@ def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: E
     cabecalho = ModelCardData(language="pt", library_name="gguf", pipeline_tag="text-generation", tags=etiquetas)
     if not Path(cfg.MODELO_BASE).is_dir() and "/" in cfg.MODELO_BASE:
         cabecalho.base_model, cabecalho.base_model_relation = cfg.MODELO_BASE, "finetune"
-    cabecalho.license = LICENCAS.get(Path(cfg.MODELO_BASE).name)
+    nome = Path(cfg.MODELO_BASE).name
+    cabecalho.license = next((licenca for comeco, licenca in LICENCAS.items() if nome.startswith(comeco)), None)
     cartao = ModelCard.from_template(
         cabecalho,
         template_str=CARTAO,
         **campos,
         cfg=cfg,
-        modelo=Path(cfg.MODELO_BASE).name,
+        modelo=nome,
         base=nome_da_base(cfg),
         dados=Path(cfg.ARQUIVO_DADOS).name,
         veredito=dar_veredito(campos["comparacao"], len(exemplos)),
@@ -2365,6 +2438,7 @@ def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: E
             "lembrança": f"perda das respostas que a base deu a {len(PERGUNTAS_DO_DIA)} perguntas de outros assuntos",
         },
         decisivas=("LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "LEARNING_RATE", "OPTIM", "SEED"),
+        amostra=AMOSTRA_PROMPTS,
         n=com_virgula,
         citar=citar,
     )
@@ -2401,21 +2475,20 @@ def resumir(cfg: argparse.Namespace, campos: dict[str, Any], segundos: float) ->
         log.info("  %-26s %6.0f MB  KL %.4f  %5.1f tok/s", arquivo["arquivo"], tamanho, kl, velocidade)
     log.info("  melhor que a base, no GGUF final? %s", dar_veredito(campos["comparacao"], campos["perguntas_da_prova"]))
     log.info("  medidas, exemplos e como usar: %s", Path(cfg.DIR_SAIDA) / "README.md")
-    opcao = "--demo" if cfg.DEMO else f"--dir-saida {cfg.DIR_SAIDA}"
-    log.info("  conversar com ele já: python fine_tuning_saude.py %s --conversar", opcao)
-    log.info("  no Ollama: cd %s && ollama create saude-aps -f Modelfile && ollama run saude-aps", cfg.DIR_SAIDA)
+    log.info('  conversar com ele já: python fine_tuning_saude.py --dir-saida "%s" --conversar', cfg.DIR_SAIDA)
+    log.info('  no Ollama: cd "%s" && ollama create saude-aps -f Modelfile && ollama run saude-aps', cfg.DIR_SAIDA)
 
 
 def dar_veredito(comparacao: dict[str, list[float]], perguntas: int) -> str:
     """Diz se o treino ajudou: em que o intervalo da diferença não inclui zero, e para que lado."""
     de, para, *_ = comparacao["perda"]
     perda = f"de {com_virgula(de)} a {com_virgula(para)} ({com_virgula(100 * (para / de - 1), '+.1f')} %)"
-    if perguntas < 5:
-        return f"{perguntas} pergunta(s) de validação são de menos para dizer; nelas, a perda foi {perda}."
-    lados: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
     *_, esquecido, _ = comparacao.get("lembrança", [0.0] * 4)  # não é melhora nem piora do que se treinou
     esqueceu = " Esqueceu parte do que a base sabia de outros assuntos: veja a lembrança, na tabela."
     esqueceu = esqueceu if esquecido > ESQUECIMENTO else ""
+    if perguntas < 5:
+        return f"{perguntas} pergunta(s) de validação são de menos para dizer; nelas, a perda foi {perda}.{esqueceu}"
+    lados: dict[str, list[str]] = {"Melhorou": [], "Piorou": [], "Sem diferença medida": []}
     for nome, (_, _, minima, maxima) in comparacao.items():
         if nome == "lembrança":
             continue
@@ -2442,29 +2515,35 @@ def conversar(cfg: argparse.Namespace) -> None:
     if not gguf.is_file():
         raise ErroDeUso(f"{gguf} não existe mais: execute o programa de novo sem --conversar, que o refaz.")
     print(AVISO, file=sys.stderr)
-    resposta = registro["constantes"]["MAX_LENGTH"]
-    escrever = escritor_de_prompts(modelo := abrir_gguf(gguf, cfg, 2 * resposta))
-    if cfg.PERGUNTAR is None:
+    resposta, uma_so = registro["constantes"]["MAX_LENGTH"], cfg.PERGUNTAR is not None
+    try:
+        modelo = abrir_gguf(gguf, cfg, 2 * resposta)
+    except (ValueError, RuntimeError) as erro:
+        raise FalhaNaExecucao(f"o llama.cpp não abre {gguf}: {SE_CAI}.") from erro
+    escrever = escritor_de_prompts(modelo)
+    if not uma_so:
+        sys.stdin.reconfigure(errors="replace")  # o que se digita ou cola pode não estar na codificação do terminal
         print("Escreva a pergunta; /sair termina, e Ctrl-C interrompe uma resposta.", file=sys.stderr)
     falas: list[dict[str, str]] = []
     while True:
         try:
-            dita = input("\n> ") if cfg.PERGUNTAR is None else cfg.PERGUNTAR
+            dita = cfg.PERGUNTAR if uma_so else input("\n> ")
         except (EOFError, KeyboardInterrupt):
             return
-        if (dita := unicodedata.normalize("NFC", dita).strip()) == "/sair":  # como os dados que o modelo viu
+        dita = dita.encode(errors="replace").decode()  # da linha de comando, bytes que não são UTF-8 vêm sem par
+        if (dita := unicodedata.normalize("NFC", dita).strip()) == "/sair":  # NFC, como os dados que o modelo viu
             return
-        falas.append({"role": "user", "content": dita})
-        while len(ids := escrever(falas)[1]) > resposta and len(falas) > 1:
-            del falas[:2]  # o que já não cabe no contexto é a pergunta mais antiga e a resposta a ela
+        pergunta = {"role": "user", "content": dita}
         controle = modelo.tokenize(dita.encode(), add_bos=False) != modelo.tokenize(dita.encode(), False, special=True)
-        if not dita or len(ids) > resposta or controle:
+        if not dita or controle or len(escrever([pergunta])[1]) > resposta:
             por_que = "traz um token de controle do modelo" if controle else "está vazia, ou é longa demais"
-            if cfg.PERGUNTAR is not None:
+            if uma_so:
                 raise ErroDeUso(f"a pergunta {por_que}.")
             print(f"A pergunta {por_que}.", file=sys.stderr)
-            falas.pop()
             continue
+        falas.append(pergunta)
+        while len(ids := escrever(falas)[1]) > resposta:
+            del falas[:2]  # o que já não cabe no contexto é a pergunta mais antiga e a resposta a ela
         falas.append({"role": "assistant", "content": ""})
         try:
             for pedaco in modelo.create_completion(ids, max_tokens=resposta, temperature=0.0, stream=True):
@@ -2472,8 +2551,10 @@ def conversar(cfg: argparse.Namespace) -> None:
                 falas[-1]["content"] += dito
             print()
         except KeyboardInterrupt:
+            if uma_so:
+                raise
             print(" (interrompida)")
-        if cfg.PERGUNTAR is not None:
+        if uma_so:
             return
 
 
@@ -2630,11 +2711,13 @@ def o_que_decide(campos: dict[str, Any]) -> dict[str, Any]:
 def contar_prontas(saida: Path, campos: dict[str, Any]) -> int:
     """A última etapa, de 7 a 9, que está no registro e cujo resultado, com o das que vêm antes, está inteiro."""
     ggufs = [(saida / gguf["arquivo"], gguf["sha256"]) for gguf in campos.get("gguf", [])]
+    pediu_adaptador, adaptador = campos["constantes"].get("ADAPTADOR_GGUF"), saida / "novo_modelo-adaptador.gguf"
     if "7" not in campos["etapas"] or not esta_inteira(saida / "adaptador_lora"):
         return 0
     if "8" not in campos["etapas"] or not esta_inteira(saida / "modelo_final"):
         return 7
-    if "9" in campos["etapas"] and all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs):
+    inteiros = all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs)
+    if "9" in campos["etapas"] and inteiros and (adaptador.is_file() or not pediu_adaptador):
         return 9
     return 8 if esta_inteira(saida / "checkpoints" / "prova") else 7
 
@@ -2828,6 +2911,9 @@ def explicar(problema: Exception) -> str | None:
             "faltou memória. Feche outros programas e execute de novo, que continua do último checkpoint; se faltar "
             "outra vez, use --gradient-checkpointing sim, ou baixe MAX_TOKENS_POR_LINHA ou LORA_R, com --recomecar."
         )
+    if re.search(r"AcceleratorError|CUDA error|CUBLAS_STATUS|CUDNN_STATUS", texto):
+        motivo = str(problema).splitlines()[0][:120]
+        return f"a placa parou de responder ({motivo}): execute de novo; se repetir, reinicie e ponha em dia o driver."
     if processo_e_total()[1] > 1 and re.search(r"[Cc]onnection|gloo|NCCL|TCPStore|DistBackendError", texto):
         return "outro processo desta execução caiu; veja o que ele disse e execute de novo, que continua de onde parou"
     if re.search(SINAIS_DE_DISCO_CHEIO, texto):

@@ -69,7 +69,9 @@ def preparar(base: Path) -> Any:
     """O que a etapa 1 entregaria às etapas 3 e 6, sem dados, na CPU."""
     import fine_tuning_saude as ft
 
-    return ft.Preparo([], "cpu", recalculadas=0, dir_base=base, conversor=base, gguf_base=None, ajustes={})
+    return ft.Preparo(
+        [], "cpu", recalculadas=0, desfeita=True, dir_base=base, conversor=base, gguf_base=None, ajustes={}
+    )
 
 
 def executar(

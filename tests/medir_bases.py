@@ -1,7 +1,8 @@
 """Que base cabe em que máquina: python tests/medir_bases.py [--medir].
 
 Da forma publicada de cada modelo (camadas, larguras, vocabulário), sem pesos, tira com a conta do próprio programa a
-memória do treino em GPU e na CPU, com todas as camadas recalculadas, e o tamanho do arquivo servido em q4_k_m. Com
+memória do treino em GPU e na CPU, com todas as camadas recalculadas, e a RAM que o merge pede, e o tamanho do arquivo
+servido em q4_k_m. Com
 `--medir`, treina de verdade uns passos das duas menores formas, de pesos sorteados, com exemplos do arquivo de dados, e
 diz os tokens por segundo e as horas que as 2.000 linhas pediriam.
 """
@@ -11,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from conftest import exemplos_reais, preparar
 
@@ -85,16 +87,21 @@ def medir(config: Any, demo: Path) -> tuple[float, float]:
 
 def main() -> None:
     """Imprime a tabela."""
+    import torch
+
     ft.acalmar_bibliotecas()
     cfg = ft.ler_opcoes([])
-    print("| base | licença | parâmetros | arquivo servido | memória em GPU | memória na CPU |")
-    print("|---|---|---:|---:|---:|---:|")
+    print("| base | licença | parâmetros | arquivo servido | treino em GPU | CPU com bf16 | CPU sem bf16 | merge |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     for nome, (config, licenca) in formas().items():
-        (parametros, _, gpu), (*_, cpu) = (ft.estimar_memoria(cfg, config, onde) for onde in ("cuda", "cpu"))
+        treinos = []
+        for onde, tipo in (("cuda", torch.bfloat16), ("cpu", torch.bfloat16), ("cpu", torch.float32)):
+            with mock.patch.object(ft, "tipo_de_calculo", return_value=tipo):  # o de outra máquina
+                parametros, *_, memoria = ft.estimar_memoria(cfg, config, onde)
+            treinos.append(memoria[-1])  # com todas as ativações recalculadas
         servido = parametros * BITS_DO_Q4_K_M / 8 / 1e9
-        tamanhos = f"{parametros / 1e9:.2f} bi | {servido:.2f} GB | "
-        tamanhos += f"{gpu[-1] / 2**30:.1f} GiB | {cpu[-1] / 2**30:.1f} GiB"
-        print(f"| {nome} | {licenca} | {tamanhos.replace('.', ',')} |")
+        memorias = " | ".join(f"{m / 2**30:.1f} GiB" for m in (*treinos, 1.2 * 2 * parametros))
+        print(f"| {nome} | {licenca} | {parametros / 1e9:.2f} bi | {servido:.2f} GB | {memorias} |".replace(".", ","))
     if "--medir" in sys.argv:
         with tempfile.TemporaryDirectory() as pasta:
             demo = ft.preparar_modelo_demo(ft.ler_opcoes(["--demo", "--dir-saida", pasta]))

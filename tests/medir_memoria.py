@@ -50,7 +50,7 @@ def main() -> None:
         cfg = ft.ler_opcoes(["--demo", "--dir-saida", pasta, "--arquivo-dados", str(DADOS), *sys.argv[1:]])
         base = ft.preparar_modelo_demo(cfg)
         pares = ft.ler_dados(cfg)[0][:100]
-        estimada = ft.estimar_memoria(cfg, AutoConfig.from_pretrained(base), "cpu")[2][0]
+        estimada = ft.estimar_memoria(cfg, AutoConfig.from_pretrained(base), "cpu")[-1][0]
         pacotes = memoria_propria(ESTE)
         tokenizer, modelo = ft.etapa_3_modelo(preparar(base), ft.etapa_2_quantizacao("cpu"))
         modelo = ft.etapa_4_lora(cfg, modelo).train()

@@ -24,7 +24,7 @@ from modelos import construir_phi3
 
 import fine_tuning_saude as ft
 
-# cem exemplos: 32 na validação, mais que os da prova, e 68 no treino, de que a importance matrix usa 64; dois passos
+# cem exemplos: 32 na validação e 68 no treino, mais que os da prova e os da importance matrix; três passos
 OPCOES = ["--treinar-na-cpu", "--max-exemplos", "100", "--fracao-validacao", "0.32", "--max-tokens-por-linha", "1024"]
 OPCOES += ["--num-train-epochs", "0.15", "--save-steps", "1", "--logging-steps", "1"]
 PARADAS = (r"passo 2/\d+: loss", r"base quantizado em")  # o que o programa diz quando se para

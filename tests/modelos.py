@@ -244,6 +244,9 @@ def construir_llama_ou_qwen(destino: Path, vocabularios: Path, familia: str, tem
         eos_token_id=tokenizer.eos_token_id,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(destino)
+    # como em muitos modelos publicados: números do sorteio, sem dizer que se sorteia
+    geracao = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "top_p": 0.6}
+    (destino / "generation_config.json").write_text(json.dumps(geracao | {"temperature": 0.9}), encoding="utf-8")
     return destino
 
 
@@ -260,7 +263,9 @@ def escrever_tokenizer_pequeno(destino: Path, vocabulario_gguf: Path, especiais:
     escrever_tokenizer_model(vocabulario_gguf, destino)
     modelo = sp.ModelProto.FromString((destino / "tokenizer.model").read_bytes())
     letras = [peca for peca in modelo.pieces[29871:] if peca.piece <= "ſ" or peca.piece in "▁–—…“”"]
-    pecas = [sp.ModelProto.SentencePiece(piece=t, score=0, type=2 if t == "<unk>" else 3) for t in especiais]
+    # <unk>, de controle ou, os turnos do Gemma, definidos por quem o fez: estes o conversor só sabe pela tabela ao lado
+    tipos = [2 if t == "<unk>" else 4 if t.endswith("_of_turn>") else 3 for t in especiais]
+    pecas = [sp.ModelProto.SentencePiece(piece=t, score=0, type=tipo) for t, tipo in zip(especiais, tipos, strict=True)]
     pecas += [*modelo.pieces[3:2200], *letras]
     del modelo.pieces[:]
     modelo.pieces.extend(pecas)
@@ -280,6 +285,11 @@ def construir_gemma3(destino: Path, vocabularios: Path) -> Path:
     pecas = escrever_tokenizer_pequeno(destino, vocabularios / "ggml-vocab-phi-3.gguf", especiais, prefixa=False)
     tokenizer = GemmaTokenizer(**pecas, extra_special_tokens=[*especiais[5:]], chat_template=CHAT_TEMPLATE_GEMMA3)
     tokenizer.save_pretrained(destino)
+    config = json.loads((destino / "tokenizer_config.json").read_text(encoding="utf-8"))
+    opcoes = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    # o publicado a traz; o transformers 5 não a grava
+    config["added_tokens_decoder"] = {str(i): {"content": t, **opcoes} for i, t in enumerate(especiais)}
+    (destino / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         **MINUSCULO,

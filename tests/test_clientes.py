@@ -35,10 +35,12 @@ MODELOS = {
         *("llama_com_data", "llama", "llama_que_dobra", "llama_com_espaco", "llama_com_generation"),
     ),
     ("llama_ou_qwen", "qwen", "qwen_que_pensa"): ("qwen_que_pensa", "qwen", "qwen_com_chave", "qwen_r1"),
+    ("gemma3",): ("gemma3",),
+    ("mistral",): ("mistral",),
 }
 MODELO_DE = {forma: modelo for modelo, formas in MODELOS.items() for forma in formas}
 # o pensamento só na última resposta, ou um espaço só antes da resposta pronta, não se diz na linguagem do Ollama
-SEM_TRADUCAO = {"llama_com_espaco", "qwen_que_pensa", "qwen_com_chave", "qwen_r1"}
+SEM_TRADUCAO = {"llama_com_espaco", "mistral", "qwen_que_pensa", "qwen_com_chave", "qwen_r1"}
 CONVERSAS = {
     "uma_pergunta": ["user"],
     "varias_falas": ["user", "assistant", "user", "assistant", "user"],
@@ -117,7 +119,7 @@ def servir(
         for forma, outro in tokenizers.items():
             exemplos[forma] = ft.codificar(outro, fim, ft.Par(0, PERGUNTA, RESPOSTA), ft.inicio_da_resposta(outro))
         ensinar(pasta, [*exemplos.values()])
-        tokenizer.save_pretrained(pasta)
+        (pasta / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="")
         f16, gguf = (tmp_path_factory.mktemp("gguf") / nome for nome in ("f16.gguf", "novo_modelo.gguf"))
         cfg = ft.ler_opcoes(["--modelo-base", str(pasta), "--dir-llama-cpp", str(RAIZ / "llama.cpp")])
         ft.converter([executavel(), ft.garantir_llama_cpp(cfg), pasta, "--outfile", f16, "--outtype", "f16"])

@@ -1,5 +1,6 @@
 """A conversa no terminal com o GGUF que a execução entregou."""
 
+import io
 import os
 import pty
 import select
@@ -128,12 +129,42 @@ def test_o_historico_que_ja_nao_cabe_no_contexto_e_esquecido_do_mais_antigo(
 
         return anotado
 
-    ditas = iter([f"pergunta {i} " + "longa " * 60 for i in range(4)] + ["/sair"])
+    ditas = [f"pergunta {i} " + "longa " * 60 for i in range(4)]
     monkeypatch.setattr(ft, "escritor_de_prompts", anotar)
-    monkeypatch.setattr("builtins.input", lambda _: next(ditas))
-    ft.conversar(ft.ler_opcoes(["--conversar", "--dir-saida", str(execucao_phi3[0])]))
+    conversar_com(ditas, execucao_phi3[0], monkeypatch)
     assert len(pedidos[-1]) < 4 and pedidos[-1][-1].startswith("pergunta 3"), "a última fica, as primeiras saem"
     assert not any("pergunta 0" in pergunta for pergunta in pedidos[-1])
+    # a que se recusa não faz esquecer nada
+    pedidos.clear()
+    curta = [{"choices": [{"text": "sim"}]}]
+    monkeypatch.setattr("llama_cpp.Llama.create_completion", lambda *_, **__: curta)
+    conversar_com(["a primeira", "palavra " * 2000, "", "<|end|>", "a segunda"], execucao_phi3[0], monkeypatch)
+    assert pedidos[-1] == ["a primeira", "a segunda"]
+    assert "está vazia, ou é longa demais" in capsys.readouterr().err
+
+
+def conversar_com(ditas: list[str], saida: Path, monkeypatch: pytest.MonkeyPatch, codificacao: str = "utf-8") -> None:
+    """Conversa neste processo, com as linhas `ditas` na entrada."""
+    entrada = io.BytesIO("\n".join([*ditas, "/sair"]).encode(codificacao))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(entrada, encoding="utf-8"))
+    ft.conversar(ft.ler_opcoes(["--conversar", "--dir-saida", str(saida)]))
+
+
+def test_o_que_nao_vem_na_codificacao_do_terminal_nao_derruba_a_conversa(
+    execucao_phi3: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversar_com(["o que é saúde?"], execucao_phi3[0], monkeypatch, codificacao="latin-1")
+    feito = executar("--perguntar", "o que \udce9 APS?", "--dir-saida", execucao_phi3[0])
+    assert feito.returncode == 0 and feito.stdout.strip(), feito.stderr
+
+
+def test_gguf_estragado_e_dito_sem_traceback(execucao_phi3: tuple[Path, dict], tmp_path: Path) -> None:
+    saida, registro = execucao_phi3
+    for nome in ("execucao.json", registro["gguf"][-1]["arquivo"]):
+        (tmp_path / nome).write_bytes((saida / nome).read_bytes())
+    (tmp_path / registro["gguf"][-1]["arquivo"]).write_bytes(b"GGUF e mais nada")
+    feito = executar("--perguntar", "O que é APS?", "--dir-saida", tmp_path)
+    assert feito.returncode == 1 and "o llama.cpp não abre" in feito.stderr and "Traceback" not in feito.stderr
 
 
 def test_as_respostas_geradas_juntas_sao_as_de_uma_por_vez(execucao_phi3: tuple[Path, dict]) -> None:

@@ -308,9 +308,22 @@ def test_otimizador_que_encerra_o_processo_e_dito_com_a_constante_a_mudar(
     (tmp_path / "bitsandbytes").mkdir()
     for nome, codigo in BITSANDBYTES_QUE_MATA.items():
         (tmp_path / "bitsandbytes" / nome).write_text(codigo)
+    for nome in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # como no torchrun, a cujos processos o filho não se junta
+        monkeypatch.setenv(nome, "1")
     monkeypatch.syspath_prepend(tmp_path)  # o processo filho herda estes caminhos; este já importou o de verdade
     with pytest.raises(ft.ErroDeUso, match=r"paged_adamw_8bit com a taxa cosine \(o processo que tentou foi encerrado"):
         ft.conferir_dispositivo(ft.ler_opcoes([]), "cpu", a_parte=True)
+
+
+def test_a_placa_que_para_de_responder_e_dita_com_o_que_fazer() -> None:
+    import torch
+
+    import fine_tuning_saude as ft
+
+    for problema in (torch.AcceleratorError("CUDA error: unknown error\nmais"), RuntimeError("CUBLAS_STATUS_ALLOC")):
+        dito = ft.explicar(problema)
+        assert dito and dito.startswith("a placa parou de responder (CU") and "mais" not in dito
+    assert ft.explicar(RuntimeError("outra coisa")) is None
 
 
 def test_driver_antigo_e_torch_que_nao_carrega_tem_cada_um_a_sua_frase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,3 +469,42 @@ def test_o_readme_traz_a_tabela_das_constantes_como_elas_estao() -> None:
     assert len(constantes) > 25
     for _, nome, explicacao in constantes:
         assert f"| `{nome}` | `{getattr(ft, nome)}` | {explicacao} |" in readme, nome
+
+
+def test_base_que_pede_licenca_e_dita_com_o_que_fazer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx2 as httpx
+    import huggingface_hub
+    import requests
+    from huggingface_hub.errors import GatedRepoError
+
+    import fine_tuning_saude as ft
+
+    def recusar(*_: object, **__: object) -> None:
+        raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
+
+    monkeypatch.setattr(requests, "head", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", recusar)
+    with pytest.raises(ft.ErroDeUso, match=r"só se baixa por quem aceitou a licença.*hf auth login"):
+        ft.localizar_modelo_base(ft.ler_opcoes([]), so_config=True)
+
+
+@pytest.mark.parametrize(("falha", "so_o_local"), [("ConnectionError", True), ("ReadTimeout", False), (None, False)])
+def test_so_sem_rede_o_hub_nao_e_perguntado_que_insistiria_por_25_segundos(
+    falha: str | None, so_o_local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    import requests
+
+    import fine_tuning_saude as ft
+
+    def perguntar(*_: object, **__: object) -> None:
+        if falha:
+            raise getattr(requests, falha)
+
+    pedidos = []
+    monkeypatch.setattr(requests, "head", perguntar)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda nome, **opcoes: pedidos.append(opcoes) or str(tmp_path)
+    )
+    assert ft.localizar_modelo_base(ft.ler_opcoes([]), so_config=True) == tmp_path
+    assert [opcoes["local_files_only"] for opcoes in pedidos] == [so_o_local]

@@ -255,6 +255,12 @@ def test_as_nove_etapas_valem_para_outras_familias_e_seus_templates(
     assert modelo.metadata["general.architecture"] == arquitetura
     assert modelo.metadata.get("gemma3.attention.sliding_window") == ("192" if familia == "gemma3" else None)
     assert modelo.metadata["tokenizer.ggml.eot_token_id"] == str(tokenizer.convert_tokens_to_ids(fim))
+    # o tokenizer entregue é o da base, arquivo por arquivo, com o template treinado e o pad
+    for arquivo in (a for a in base.iterdir() if "token" in a.name and a.name != "tokenizer_config.json"):
+        assert (saida / "modelo_final" / arquivo.name).read_bytes() == arquivo.read_bytes()
+    da_base, final = (json.loads((p / "tokenizer_config.json").read_bytes()) for p in (base, saida / "modelo_final"))
+    mudou = {nome for nome in da_base.keys() | final.keys() if da_base.get(nome) != final.get(nome)}
+    assert mudou <= {"pad_token", "padding_side", "chat_template"}
     # o template que vai no GGUF é o treinado, sem o dia de hoje e com o pensamento já fechado no prompt
     servido, da_base = modelo.metadata["tokenizer.chat_template"], (base / "chat_template.jinja").read_text("utf-8")
     assert servido == tokenizer.chat_template and "strftime_now" not in servido
@@ -322,6 +328,26 @@ def test_sem_token_especial_livre_o_pad_e_um_que_os_dados_nao_usam(tokenizer) ->
     pad = outro.convert_tokens_to_ids(ft.escolher_pad(outro, pares))
     usados = {i for par in pares for i in outro(f"{par.pergunta}\n{par.resposta}")["input_ids"]}
     assert pad not in usados | set(outro.added_tokens_encoder.values())
+
+
+HIBRIDOS = {  # {a classe da config: (o que a faz minúscula, o que nela não é atenção)}
+    "Lfm2Config": ({"layer_types": ["conv", "full_attention"]}, "Conv1d, conv"),
+    "FalconH1Config": ({"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, "Conv1d, hybrid"),
+}
+
+
+@pytest.mark.parametrize("hibrido", HIBRIDOS)
+def test_modelo_em_que_um_exemplo_veria_os_outros_e_recusado_na_estimativa(hibrido: str) -> None:
+    import transformers
+
+    pequeno = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
+    opcoes, dito = HIBRIDOS[hibrido]
+    config = getattr(transformers, hibrido)(**pequeno, num_hidden_layers=2, **opcoes)
+    with pytest.raises(ft.ErroDeUso, match=rf"camadas \({dito}\) em que um exemplo veria os outros"):
+        ft.estimar_memoria(ft.ler_opcoes([]), config, "cpu")
+    # o Gemma 2 não tem sdpa, e é de atenção
+    config = transformers.Gemma2Config(**pequeno, num_hidden_layers=2)
+    assert ft.estimar_memoria(ft.ler_opcoes([]), config, "cpu")[0] > 0
 
 
 ALVOS = {"q_proj,v_proj": "q_proj, v_proj", "qkv_proj,embed_tokens": "embed_tokens", "inexistente": "inexistente"}

@@ -1,7 +1,10 @@
 """A prova do resultado: o que se mede, e que o programa acusa cada modo de entregar outra coisa que não o treinado."""
 
+import argparse
 import json
 import math
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,6 +172,7 @@ def test_o_que_o_modelo_final_esqueceu_de_outros_assuntos_e_dito_numa_frase(exec
         comparacao = ft.comparar_respostas(provas, antes, lado(1, respostas, True, do_dia=depois), 0)
         assert comparacao["lembrança"][0] == pytest.approx(0.355) and comparacao["lembrança"][1] > depois
         assert ("Esqueceu parte do que a base sabia" in ft.dar_veredito(comparacao, 5)) == esqueceu
+        assert ("Esqueceu parte" in ft.dar_veredito(comparacao, 4)) == esqueceu, "também com poucas perguntas"
         assert "lembrança." not in ft.dar_veredito(comparacao, 5).partition("Esqueceu")[0], "não é melhora nem piora"
     saida, registro = execucao_phi3
     de, para, *_ = registro["comparacao"]["lembrança"]
@@ -263,6 +267,29 @@ def test_o_cartao_tem_cabecalho_medidas_curva_e_exemplos(execucao_phi3: tuple[Pa
     assert f"do passo {registro['perda_validacao']['passo']}, o de menor perda" in cartao.text
     with Image.open(saida / "perda.png") as curva:
         assert curva.width > 600 and len(curva.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_a_linha_do_readme_publica_o_cartao_os_gguf_e_o_adaptador_e_nada_mais(
+    execucao_phi3: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.cli.hf import app
+    from huggingface_hub.utils import filter_repo_objects
+
+    def publicar(_: object, folder_path: str, allow_patterns: object, ignore_patterns: object, **__: object) -> str:
+        todos = [a.relative_to(folder_path).as_posix() for a in Path(folder_path).rglob("*") if a.is_file()]
+        publicados.update(filter_repo_objects(todos, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return ""
+
+    publicados: set[str] = set()
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **opcoes: argparse.Namespace(**opcoes))
+    monkeypatch.setattr(HfApi, "upload_folder", publicar)
+    (linha,) = re.findall("^hf (upload .+)$", (RAIZ / "README.md").read_text(encoding="utf-8"), re.M)
+    argumentos = [str(execucao_phi3[0]) if a == "saida" else a for a in shlex.split(linha)]
+    app(argumentos, standalone_mode=False)
+    do_adaptador = {f"adaptador_lora/{nome}" for nome in ("adapter_config.json", "adapter_model.safetensors", ft.SOMAS)}
+    ggufs = {"novo_modelo.gguf", "novo_modelo-q4_k_m.gguf", "novo_modelo-adaptador.gguf"}
+    assert publicados == ggufs | do_adaptador | {"README.md", "perda.png", "Modelfile"}
 
 
 def test_o_registro_soma_os_pesos_da_base(execucao_phi3: tuple[Path, dict], phi3: Path) -> None:

@@ -72,35 +72,74 @@ def test_a_linha_cheia_da_a_mesma_perda_e_os_mesmos_gradientes_que_um_por_um(
         assert (gradiente - sozinhos[nome]).abs().max() < 1e-5, nome
 
 
+def um_passo(phi3: Path, exemplos: list[dict[str, Any]], **preparo: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Perda e gradientes do Phi-3 minúsculo montado pelas etapas 2 a 4, com adaptadores que não são zero."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    entregue = preparar(phi3)._replace(**preparo)
+    modelo = ft.etapa_4_lora(ft.ler_opcoes([]), ft.etapa_3_modelo(entregue, ft.etapa_2_quantizacao("cpu"))[1])
+    camadas = [c for c in modelo.modules() if isinstance(c, GradientCheckpointingLayer)]
+    assert [c.gradient_checkpointing for c in camadas] == [i < entregue.recalculadas for i in range(2)], "as primeiras"
+    torch.manual_seed(0)
+    for nome, parametro in modelo.named_parameters():
+        if "lora_B" in nome:
+            torch.nn.init.normal_(parametro, std=0.05)
+    modelo.config.use_cache = False
+    tipo = ft.tipo_de_calculo("cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=tipo == torch.bfloat16):
+        return gradientes(modelo.train(), [exemplos])
+
+
 def test_recalcular_qualquer_numero_de_camadas_da_a_mesma_perda_e_os_mesmos_gradientes(
     tipo: torch.dtype, phi3: Path, exemplos: list[dict[str, Any]]
 ) -> None:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    obtidos = []
-    for quantas in range(3):
-        preparo = preparar(phi3)._replace(recalculadas=quantas)
-        modelo = ft.etapa_4_lora(ft.ler_opcoes([]), ft.etapa_3_modelo(preparo, ft.etapa_2_quantizacao("cpu"))[1])
-        camadas = [c for c in modelo.modules() if isinstance(c, GradientCheckpointingLayer)]
-        assert [c.gradient_checkpointing for c in camadas] == [i < quantas for i in range(2)], "as primeiras"
-        torch.manual_seed(0)
-        for nome, parametro in modelo.named_parameters():
-            if "lora_B" in nome:
-                torch.nn.init.normal_(parametro, std=0.05)
-        modelo.config.use_cache = False
-        with torch.autocast("cpu", torch.bfloat16, enabled=tipo == torch.bfloat16):
-            obtidos.append(gradientes(modelo.train(), [exemplos]))
+    obtidos = [um_passo(phi3, exemplos, recalculadas=quantas) for quantas in range(3)]
     for perda, dos_adaptadores in obtidos[1:]:
         assert perda == obtidos[0][0]
         assert all(torch.equal(gradiente, obtidos[0][1][nome]) for nome, gradiente in dos_adaptadores.items())
         assert max(gradiente.abs().max() for gradiente in dos_adaptadores.values()) > 1e-4
 
 
+def test_a_base_desfeita_uma_vez_da_a_mesma_perda_e_os_mesmos_gradientes_que_desfeita_a_cada_passo(
+    tipo: torch.dtype, phi3: Path, exemplos: list[dict[str, Any]]
+) -> None:
+    (perda, uma_vez), (a_cada_passo, gradientes_de_4_bits) = (
+        um_passo(phi3, exemplos, desfeita=desfeita) for desfeita in (True, False)
+    )
+    assert perda == a_cada_passo
+    assert uma_vez.keys() == gradientes_de_4_bits.keys()
+    assert all(torch.equal(gradiente, gradientes_de_4_bits[nome]) for nome, gradiente in uma_vez.items())
+
+
+def test_a_base_so_vai_desfeita_a_placa_em_que_cabe_sem_recalcular_nada(
+    phi3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    cfg = ft.ler_opcoes(["--dir-saida", str(tmp_path)])
+    parametros, _, a_desfazer, memoria = ft.estimar_memoria(cfg, AutoConfig.from_pretrained(phi3), "cuda")
+    lineares = 2 * (256 * (3 * 256 + 256 + 2 * 512) + 512 * 256)  # as dos dois blocos; o resto fica em 16 bits
+    assert a_desfazer == lineares * (2 - 0.5 - 1 / 64 - 4 / (64 * 256)) and lineares < parametros
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "uma placa")
+    for livre, certo in ((memoria[0] + a_desfazer, (0, True)), (memoria[0] + 0.9 * a_desfazer, (0, False))):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda livre=livre: (1.0001 * livre / 0.9, livre))
+        assert ft.conferir_recursos(cfg, phi3, "cuda") == certo
+    com_sobra = (9 * (memoria[0] + a_desfazer), 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: com_sobra)
+    poupando = ft.ler_opcoes(["--dir-saida", str(tmp_path), "--gradient-checkpointing", "sim"])
+    assert ft.conferir_recursos(poupando, phi3, "cuda") == (2, False)
+    with monkeypatch.context() as com_outra:  # cuja placa pode ter menos memória livre
+        com_outra.setenv("WORLD_SIZE", "2")
+        assert ft.conferir_recursos(cfg, phi3, "cuda") == (0, False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1.0001 * memoria[2] / 0.9, memoria[2]))
+    assert ft.conferir_recursos(cfg, phi3, "cuda") == (2, False)
+
+
 def test_o_estado_paginado_lido_de_um_checkpoint_perde_a_marca_antes_do_primeiro_passo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bitsandbytes
-    from transformers import TrainerControl, TrainerState
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     def novo() -> tuple[torch.nn.Parameter, Any]:
         peso = torch.nn.Parameter(torch.ones(512, 512))
@@ -118,7 +157,8 @@ def test_o_estado_paginado_lido_de_um_checkpoint_perde_a_marca_antes_do_primeiro
     # aqui a memória é comum, e paginá-la encerraria o processo
     monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda *_: pytest.fail("paginou memória comum"))
     assert otimizador.state[peso]["state1"].is_paged, "a marca sobrevive à leitura"
-    ft.acompanhar(None, tmp_path).on_train_begin(None, TrainerState(), TrainerControl(), optimizer=otimizador)
+    argumentos = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    ft.acompanhar(None, tmp_path).on_train_begin(argumentos, TrainerState(), TrainerControl(), optimizer=otimizador)
     assert not otimizador.state[peso]["state1"].is_paged
     otimizador.step()
 
@@ -239,7 +279,7 @@ def test_a_estimativa_conta_os_bytes_que_o_autograd_guarda(
 def test_a_estimativa_da_placa_e_a_da_conta_a_mao_para_o_phi3_mini() -> None:
     from transformers import Phi3Config
 
-    parametros, _, phi3_mini = ft.estimar_memoria(ft.ler_opcoes([]), Phi3Config(), "cuda")
+    parametros, *_, phi3_mini = ft.estimar_memoria(ft.ler_opcoes([]), Phi3Config(), "cuda")
     assert parametros == 3_821_079_552
     assert 2.2e9 < phi3_mini[-1] < 7.0 * 2**30 < phi3_mini[0]
     assert len(phi3_mini) == 33 and phi3_mini[1:] == sorted(phi3_mini[1:], reverse=True)
@@ -423,6 +463,30 @@ def test_com_paciencia_o_treino_para_e_retomado_para_no_mesmo_passo_com_o_mesmo_
     assert (retomado["passo"], retomado["depois"]) == (medido["passo"], medido["depois"])
     assert [ponto[0] for ponto in retomado["curva"]] == [ponto[0] for ponto in medido["curva"]]
     assert all(torch.equal(do_retomado[nome], valor) for nome, valor in entregue.items())
+
+
+@pytest.mark.parametrize("opcoes", [["--paciencia", "2"], ["--num-train-epochs", "2.5"]], ids=["paciencia", "fracao"])
+def test_treino_acabado_cujo_adaptador_se_perdeu_nao_da_um_passo_a_mais(
+    opcoes: list[str], que_decora: Path, tmp_path: Path
+) -> None:
+    antes, entregue = treinar_curto(que_decora, tmp_path, *DECORAR, *opcoes)
+    shutil.rmtree(tmp_path / "adaptador_lora")
+    depois, refeito = treinar_curto(que_decora, tmp_path, *DECORAR, *opcoes)
+    assert depois == antes
+    assert all(torch.equal(refeito[nome], valor) for nome, valor in entregue.items())
+
+
+def test_num_terminal_o_treino_diz_cada_medida_uma_vez_e_retomado_com_os_logging_steps_de_agora(
+    phi3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    opcoes = ["--num-train-epochs", "6", "--save-steps", "2"]
+    treinar_curto(phi3, tmp_path, *opcoes, "--logging-steps", "6")
+    escrito = capsys.readouterr()
+    assert "6/6" in escrito.err and "eval_perda" not in escrito.out + escrito.err, "só a barra"
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
+    curva = treinar_curto(phi3, tmp_path, *opcoes, "--logging-steps", "1")[0]["curva"]
+    assert [passo for passo, nome, _ in curva if nome == "loss"] == [5, 6]
 
 
 def test_n_linhas_por_lote_dao_as_mesmas_perdas_que_n_lotes_somados(phi3: Path, tmp_path: Path) -> None:
