@@ -111,7 +111,7 @@ QUANTIZACOES_GGUF = ("q8_0", "q4_k_m")  # tipos gerados; o primeiro fica em novo
 ADAPTADOR_GGUF = False  # também o adaptador sozinho, em novo_modelo-adaptador.gguf, para somar a uma base que já se tem
 MAX_SHARD_SIZE = "1GB"  # tamanho máximo de cada safetensors do modelo final; gravá-lo pede outro tanto de memória
 EXEMPLOS_IMATRIX = 32  # exemplos do treino que dizem que pesos a quantização deve preservar; 0: nenhum
-EXEMPLOS_PROVA = 16  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
+EXEMPLOS_PROVA = 12  # exemplos da validação em que cada GGUF é medido contra o modelo de que saiu
 MAX_NEW_TOKENS = 128  # tokens de cada resposta gerada na prova
 
 
@@ -493,12 +493,14 @@ def etapa_8_merge(
         # os arquivos do tokenizer são os da base, que o conversor do llama.cpp já leu: nos que o transformers 5 grava
         # faltam o tokenizer.model (Phi-3), tokens (Gemma) e a classe (Phi-4)
         for arquivo in itertools.chain(*map(dir_base.glob, ARQUIVOS_DA_BASE)):
-            if ".safetensors" not in arquivo.name and not (provisoria / arquivo.name).exists():
+            outro = re.search(r"\.safetensors$|\.index\.json$|^chat_template\.", arquivo.name)
+            if not outro and not (provisoria / arquivo.name).exists():
                 shutil.copyfile(arquivo, provisoria / arquivo.name)
-        config = json.loads((provisoria / "tokenizer_config.json").read_bytes())
-        config |= {"pad_token": tokenizer.pad_token, "padding_side": "right"}
-        config.pop("chat_template", None)  # vai no arquivo dele, já fixado
-        gravar_inteiro(provisoria / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        for arquivo in (provisoria / "tokenizer_config.json", *provisoria.glob("special_tokens_map.json")):
+            config = json.loads(arquivo.read_bytes()) if arquivo.is_file() else {}
+            config |= {"pad_token": tokenizer.pad_token, "padding_side": "right"}
+            config.pop("chat_template", None)  # vai no arquivo dele, já fixado
+            gravar_inteiro(arquivo, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
         gravar_inteiro(provisoria / "chat_template.jinja", tokenizer.chat_template)
 
 
@@ -511,12 +513,13 @@ def etapa_9_gguf(
 ) -> dict[str, Any]:
     """Converte o modelo final em GGUF, quantiza-o em cada tipo pedido, prova cada arquivo e escreve o Modelfile.
 
-    Devolve, para o registro, as medidas de cada arquivo (`gguf`, de `provar_gguf`), as `respostas_da_base` e a
-    `comparacao` dela com o último arquivo (`comparar_respostas`).
+    Devolve, para o registro, as medidas de cada arquivo (`gguf`, de `provar_gguf`), o `adaptador_gguf`, se pedido, as
+    `respostas_da_base` e a `comparacao` dela com o último arquivo (`comparar_respostas`).
     """
     import numpy as np
 
-    saida, tipos, arquivos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF], []
+    saida, tipos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF]
+    arquivos, do_adaptador = [], []
     do_final = saida / "checkpoints" / "prova" / "logprobs.npy"
     importancia = dict(np.load(do_final.with_name("importancia.npz")))
     fim, ajustes = id_do_fim_de_turno(tokenizer), preparo.ajustes
@@ -552,13 +555,15 @@ def etapa_9_gguf(
             exigir_fidelidade(
                 "adaptador", f"a base com {lora.name} não é o modelo final; use ADAPTADOR_GGUF False", medida
             )
+            do_adaptador.append({"arquivo": lora.name, "sha256": sha256(lora)})
         for antigo in saida.glob("novo_modelo*.gguf"):
             antigo.unlink()
         for pronto in pasta.glob("novo_modelo*.gguf"):
             trocar(pronto, saida / pronto.name)
     gravar_inteiro(saida / "Modelfile", escrever_modelfile(arquivos[-1]["arquivo"], cfg, tokenizer))
     comparacao = comparar_respostas(exemplos_prova, antes, arquivos[-1], cfg.SEED)
-    return dict(gguf=arquivos, respostas_da_base=antes["respostas"], comparacao=comparacao)
+    feito = dict(gguf=arquivos, adaptador_gguf=do_adaptador)
+    return feito | dict(respostas_da_base=antes["respostas"], comparacao=comparacao)
 
 
 # ---------------------------------------------------------------- opções e conferência
@@ -1471,7 +1476,7 @@ def limites_da_base(dir_base: Path) -> tuple[float, int]:
 
 
 def conferir_atencao(modelo: PreTrainedModel) -> None:
-    """Exige que um exemplo só pudesse ver os outros da mesma linha pela atenção, em que são separados."""
+    """Exige um modelo em que só pela atenção, que os separa, um exemplo poderia ver os outros da mesma linha."""
     import torch
 
     outras = {*(getattr(modelo.config.get_text_config(), "layer_types", None) or ())}
@@ -1576,9 +1581,10 @@ def conferir_exemplos(
         )
     linhas = Linhas(exemplos.select(treino), cfg)
     passos = math.ceil(cfg.NUM_TRAIN_EPOCHS * math.ceil(len(linhas) / linhas.por_passo))
-    if (cfg.WARMUP_STEPS if cfg.WARMUP_STEPS >= 1 else math.ceil(cfg.WARMUP_STEPS * passos)) >= passos:
+    aquecimento = cfg.WARMUP_STEPS if cfg.WARMUP_STEPS >= 1 else math.ceil(cfg.WARMUP_STEPS * passos)
+    if aquecimento >= passos and cfg.LR_SCHEDULER_TYPE != "constant":
         raise ErroDeUso(
-            f"o treino teria {passos} passo(s), todos de aquecimento, e quase nada se aprenderia: aumente "
+            f"o treino teria {passos} passo(s), todos de aquecimento, e a taxa não chegaria a LEARNING_RATE: aumente "
             "NUM_TRAIN_EPOCHS, ou baixe WARMUP_STEPS, GRADIENT_ACCUMULATION_STEPS ou MAX_TOKENS_POR_LINHA."
         )
     log.info("      o treino terá %d passos, de %d linha(s) cada", passos, linhas.por_passo)
@@ -2373,7 +2379,7 @@ de referência. Velocidade e memória: {{ maquina }}; contexto de {{ cfg.MAX_LEN
 {{ n(100 * a.top1, ".1f") }} % | {{ n(a.nll) }} | {{ n(a.carga_s, ".1f") }} | {{ n(a.prompt_tok_s, ".0f") }} | \
 {{ n(a.geracao_tok_s, ".1f") }} | {{ n(a.memoria / 1e6, ".0f") }} |
 {% endfor %}
-Os prompts da validação e {{ amostra }} dos do treino, escritos por cada arquivo com o template dele, têm os ids com que
+Os prompts da validação e até {{ amostra }} do treino, escritos por cada arquivo com o template dele, têm os ids com que
 foram treinados; antes do treino, no GGUF da base, todos foram comparados.
 
 ## Perguntas da validação, antes e depois
@@ -2401,8 +2407,9 @@ modelo base; a dos dados, a de quem os forneceu.
 """
 
 
-# as das bases que o programa conhece, pelo começo do nome
-LICENCAS = {"Phi-3": "mit", "SmolLM2": "apache-2.0", "Qwen3": "apache-2.0", "Llama-3.2": "llama3.2", "gemma-3": "gemma"}
+# as das bases que o programa conhece, pelo começo do nome, com quem as publica
+LICENCAS = {"microsoft/Phi-3": "mit", "Qwen/Qwen3": "apache-2.0", "HuggingFaceTB/SmolLM2": "apache-2.0"}
+LICENCAS |= {"meta-llama/Llama-3.2": "llama3.2", "google/gemma-3": "gemma", MODELO_DEMO: "apache-2.0"}
 ESQUECIMENTO = 0.1  # nats por token: cada token do que a base dizia ficou ao menos um décimo menos provável
 
 
@@ -2416,14 +2423,14 @@ def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: E
     cabecalho = ModelCardData(language="pt", library_name="gguf", pipeline_tag="text-generation", tags=etiquetas)
     if not Path(cfg.MODELO_BASE).is_dir() and "/" in cfg.MODELO_BASE:
         cabecalho.base_model, cabecalho.base_model_relation = cfg.MODELO_BASE, "finetune"
-    nome = Path(cfg.MODELO_BASE).name
-    cabecalho.license = next((licenca for comeco, licenca in LICENCAS.items() if nome.startswith(comeco)), None)
+    licencas = (licenca for comeco, licenca in LICENCAS.items() if cfg.MODELO_BASE.startswith(comeco))
+    cabecalho.license = next(licencas, None)
     cartao = ModelCard.from_template(
         cabecalho,
         template_str=CARTAO,
         **campos,
         cfg=cfg,
-        modelo=nome,
+        modelo=Path(cfg.MODELO_BASE).name,
         base=nome_da_base(cfg),
         dados=Path(cfg.ARQUIVO_DADOS).name,
         veredito=dar_veredito(campos["comparacao"], len(exemplos)),
@@ -2710,14 +2717,13 @@ def o_que_decide(campos: dict[str, Any]) -> dict[str, Any]:
 
 def contar_prontas(saida: Path, campos: dict[str, Any]) -> int:
     """A última etapa, de 7 a 9, que está no registro e cujo resultado, com o das que vêm antes, está inteiro."""
-    ggufs = [(saida / gguf["arquivo"], gguf["sha256"]) for gguf in campos.get("gguf", [])]
-    pediu_adaptador, adaptador = campos["constantes"].get("ADAPTADOR_GGUF"), saida / "novo_modelo-adaptador.gguf"
+    feitos = [*campos.get("gguf", []), *campos.get("adaptador_gguf", [])]
+    ggufs = [(saida / gguf["arquivo"], gguf["sha256"]) for gguf in feitos]
     if "7" not in campos["etapas"] or not esta_inteira(saida / "adaptador_lora"):
         return 0
     if "8" not in campos["etapas"] or not esta_inteira(saida / "modelo_final"):
         return 7
-    inteiros = all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs)
-    if "9" in campos["etapas"] and inteiros and (adaptador.is_file() or not pediu_adaptador):
+    if "9" in campos["etapas"] and all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs):
         return 9
     return 8 if esta_inteira(saida / "checkpoints" / "prova") else 7
 
@@ -2911,9 +2917,10 @@ def explicar(problema: Exception) -> str | None:
             "faltou memória. Feche outros programas e execute de novo, que continua do último checkpoint; se faltar "
             "outra vez, use --gradient-checkpointing sim, ou baixe MAX_TOKENS_POR_LINHA ou LORA_R, com --recomecar."
         )
-    if re.search(r"AcceleratorError|CUDA error|CUBLAS_STATUS|CUDNN_STATUS", texto):
+    da_placa = re.search(r"AcceleratorError|CUDA error|CUBLAS_STATUS|CUDNN_STATUS", texto)
+    if da_placa and not re.search(r"device-side assert|illegal|INVALID|NOT_SUPPORTED", texto):  # estes, de programa
         motivo = str(problema).splitlines()[0][:120]
-        return f"a placa parou de responder ({motivo}): execute de novo; se repetir, reinicie e ponha em dia o driver."
+        return f"a placa falhou ({motivo}): execute de novo; se repetir, reinicie e ponha em dia o driver."
     if processo_e_total()[1] > 1 and re.search(r"[Cc]onnection|gloo|NCCL|TCPStore|DistBackendError", texto):
         return "outro processo desta execução caiu; veja o que ele disse e execute de novo, que continua de onde parou"
     if re.search(SINAIS_DE_DISCO_CHEIO, texto):

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import DADOS, PROGRAMA, RAIZ, executar
+from conftest import DADOS, PROGRAMA, RAIZ, executar, preparar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interprete import executavel
@@ -315,15 +315,16 @@ def test_otimizador_que_encerra_o_processo_e_dito_com_a_constante_a_mudar(
         ft.conferir_dispositivo(ft.ler_opcoes([]), "cpu", a_parte=True)
 
 
-def test_a_placa_que_para_de_responder_e_dita_com_o_que_fazer() -> None:
+def test_a_placa_que_falha_e_dita_com_o_que_fazer() -> None:
     import torch
 
     import fine_tuning_saude as ft
 
     for problema in (torch.AcceleratorError("CUDA error: unknown error\nmais"), RuntimeError("CUBLAS_STATUS_ALLOC")):
         dito = ft.explicar(problema)
-        assert dito and dito.startswith("a placa parou de responder (CU") and "mais" not in dito
-    assert ft.explicar(RuntimeError("outra coisa")) is None
+        assert dito and dito.startswith("a placa falhou (CU") and "mais" not in dito
+    for de_programa in ("outra coisa", "CUDA error: device-side assert triggered", "CUBLAS_STATUS_INVALID_VALUE"):
+        assert ft.explicar(RuntimeError(de_programa)) is None
 
 
 def test_driver_antigo_e_torch_que_nao_carrega_tem_cada_um_a_sua_frase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +470,22 @@ def test_o_readme_traz_a_tabela_das_constantes_como_elas_estao() -> None:
     assert len(constantes) > 25
     for _, nome, explicacao in constantes:
         assert f"| `{nome}` | `{getattr(ft, nome)}` | {explicacao} |" in readme, nome
+
+
+def test_report_to_sem_o_pacote_e_recusado_e_com_ele_vai_ao_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    import fine_tuning_saude as ft
+
+    cfg = ft.ler_opcoes(["--report-to", "tensorboard", "--dir-saida", str(tmp_path)])
+    with monkeypatch.context() as sem_o_pacote:
+        sem_o_pacote.setattr(importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(ft.ErroDeUso, match="python -m pip install tensorboard; ou use none"):
+            ft.conferir_constantes(cfg)
+    argumentos = ft.etapa_6_argumentos(cfg, preparar(tmp_path), ft.etapa_2_quantizacao("cpu"))
+    assert argumentos.report_to == ["tensorboard"]
 
 
 def test_base_que_pede_licenca_e_dita_com_o_que_fazer(monkeypatch: pytest.MonkeyPatch) -> None:

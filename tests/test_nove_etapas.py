@@ -59,6 +59,17 @@ def test_so_ficam_na_saida_os_arquivos_prometidos(execucao_phi3: tuple[Path, dic
     }
 
 
+def test_o_adaptador_em_gguf_que_se_perdeu_nao_conta_como_pronto(execucao_phi3: tuple[Path, dict]) -> None:
+    saida, registro = execucao_phi3
+    adaptador, guardado = saida / "novo_modelo-adaptador.gguf", saida.with_name("guardado.gguf")
+    assert ft.contar_prontas(saida, registro) == 9
+    adaptador.rename(guardado)
+    try:
+        assert ft.contar_prontas(saida, registro) == 8
+    finally:
+        guardado.rename(adaptador)
+
+
 def test_o_modelo_final_e_a_base_mais_o_adaptador(execucao_phi3: tuple[Path, dict], phi3: Path, tokenizer) -> None:  # noqa: ANN001
     import torch
     from peft import PeftModel

@@ -24,10 +24,11 @@ def rapidos() -> dict[str, str]:
 
 
 def curva(saida: Path) -> list[tuple[int, str, float]]:
-    """[passo, nome, valor] do diário do treino."""
+    """[passo, nome, valor] do diário do treino; o último ponto é o passo cujo adaptador foi entregue."""
     registro = json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
     assert registro["situacao"] == "concluída"
-    return registro["perda_validacao"]["curva"]
+    perda = registro["perda_validacao"]
+    return [*perda["curva"], [perda["passo"], "entregue", perda["depois"]]]
 
 
 @pytest.fixture(scope="module")
