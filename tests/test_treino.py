@@ -312,9 +312,12 @@ def test_dez_vezes_mais_exemplos_nao_pedem_trinta_vezes_mais_tempo_para_empacota
     segundos = []
     for quantos in (20_000, 200_000):  # o menor já não cabe no cache do processador
         tamanhos = [sorteio.randint(60, 400) for _ in range(quantos)]
-        inicio = time.process_time()
-        assert sum(map(len, ft.empacotar(tamanhos, 2048))) == quantos
-        segundos.append(time.process_time() - inicio)
+        vezes = []
+        for _ in range(3):  # a menor: o que o sistema faz ao lado só aumenta
+            inicio = time.process_time()
+            assert sum(map(len, ft.empacotar(tamanhos, 2048))) == quantos
+            vezes.append(time.process_time() - inicio)
+        segundos.append(min(vezes))
     assert segundos[1] < 30 * segundos[0], segundos
 
 
@@ -463,17 +466,17 @@ def test_com_paciencia_o_treino_para_e_retomado_para_no_mesmo_passo_com_o_mesmo_
     assert (retomado["passo"], retomado["depois"]) == (medido["passo"], medido["depois"])
     assert [ponto[0] for ponto in retomado["curva"]] == [ponto[0] for ponto in medido["curva"]]
     assert all(torch.equal(do_retomado[nome], valor) for nome, valor in entregue.items())
+    # uma queda depois da última medida: o treino acabou, e só o adaptador se perdeu
+    shutil.rmtree(tmp_path / "caido" / "adaptador_lora")
+    assert treinar_curto(que_decora, tmp_path / "caido", *DECORAR, "--paciencia", "2")[0] == retomado
 
 
-@pytest.mark.parametrize("opcoes", [["--paciencia", "2"], ["--num-train-epochs", "2.5"]], ids=["paciencia", "fracao"])
-def test_treino_acabado_cujo_adaptador_se_perdeu_nao_da_um_passo_a_mais(
-    opcoes: list[str], que_decora: Path, tmp_path: Path
-) -> None:
-    antes, entregue = treinar_curto(que_decora, tmp_path, *DECORAR, *opcoes)
+def test_treino_de_passagem_fracionada_que_acabou_nao_da_um_passo_a_mais(phi3: Path, tmp_path: Path) -> None:
+    # quatro exemplos, um em cada linha: acaba no passo 6, no meio da segunda passagem
+    opcoes = ["--num-train-epochs", "1.5", "--lr-scheduler-type", "constant", "--max-tokens-por-linha", "60"]
+    antes, _ = treinar_curto(phi3, tmp_path, *opcoes)
     shutil.rmtree(tmp_path / "adaptador_lora")
-    depois, refeito = treinar_curto(que_decora, tmp_path, *DECORAR, *opcoes)
-    assert depois == antes
-    assert all(torch.equal(refeito[nome], valor) for nome, valor in entregue.items())
+    assert treinar_curto(phi3, tmp_path, *opcoes)[0] == antes
 
 
 def test_num_terminal_o_treino_diz_cada_medida_uma_vez_e_retomado_com_os_logging_steps_de_agora(
