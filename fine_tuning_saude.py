@@ -406,7 +406,7 @@ def etapa_7_treinamento(
     pasta, linhas = Path(argumentos.output_dir), Linhas(treino, cfg)
     # de um checkpoint, o PEFT leria o adaptador na primeira placa, seja qual for a deste processo
     modelo.load_adapter = functools.partial(modelo.load_adapter, torch_device="cpu")
-    modelo.config.use_cache = False  # com cache, os exemplos de uma linha se veriam
+    modelo.config.get_text_config().use_cache = False  # com cache, os exemplos de uma linha se veriam
     with perda_em_pedacos(modelo.get_base_model()) as nll_por_token:
         trainer = Trainer(
             model=modelo,

@@ -100,8 +100,9 @@ def main() -> None:
                 parametros, *_, memoria = ft.estimar_memoria(cfg, config, onde)
             treinos.append(memoria[-1])  # com todas as ativações recalculadas
         servido = parametros * BITS_DO_Q4_K_M / 8 / 1e9
-        memorias = " | ".join(f"{m / 2**30:.1f} GiB" for m in (*treinos, 1.2 * 2 * parametros))
-        print(f"| {nome} | {licenca} | {parametros / 1e9:.2f} bi | {servido:.2f} GB | {memorias} |".replace(".", ","))
+        tamanhos = [f"{parametros / 1e9:.2f} bi", f"{servido:.2f} GB"]
+        tamanhos += [f"{m / 2**30:.1f} GiB" for m in (*treinos, 1.2 * 2 * parametros)]
+        print(f"| {nome} | {licenca} | {' | '.join(tamanhos).replace('.', ',')} |")
     if "--medir" in sys.argv:
         with tempfile.TemporaryDirectory() as pasta:
             demo = ft.preparar_modelo_demo(ft.ler_opcoes(["--demo", "--dir-saida", pasta]))
