@@ -1,10 +1,9 @@
 """Que base cabe em que máquina: python tests/medir_bases.py [--medir].
 
 Da forma publicada de cada modelo (camadas, larguras, vocabulário), sem pesos, tira com a conta do próprio programa a
-memória do treino em GPU e na CPU, com todas as camadas recalculadas, e a RAM que o merge pede, e o tamanho do arquivo
-servido em q4_k_m. Com
-`--medir`, treina de verdade uns passos das duas menores formas, de pesos sorteados, com exemplos do arquivo de dados, e
-diz os tokens por segundo e as horas que as 2.000 linhas pediriam.
+memória do treino em GPU e na CPU, com todas as camadas recalculadas, a RAM que o merge pede e o tamanho do arquivo
+servido em q4_k_m. Com `--medir`, treina de verdade uns passos das duas menores formas, de pesos sorteados, com exemplos
+do arquivo de dados, e diz os tokens por segundo e as horas que as 2.000 linhas pediriam.
 """
 
 import sys
@@ -101,7 +100,7 @@ def main() -> None:
             treinos.append(memoria[-1])  # com todas as ativações recalculadas
         servido = parametros * BITS_DO_Q4_K_M / 8 / 1e9
         tamanhos = [f"{parametros / 1e9:.2f} bi", f"{servido:.2f} GB"]
-        tamanhos += [f"{m / 2**30:.1f} GiB" for m in (*treinos, 1.2 * 2 * parametros)]
+        tamanhos += [f"{m / 2**30:.1f} GiB" for m in (*treinos, ft.RAM_DO_MERGE * 2 * parametros)]
         print(f"| {nome} | {licenca} | {' | '.join(tamanhos).replace('.', ',')} |")
     if "--medir" in sys.argv:
         with tempfile.TemporaryDirectory() as pasta:

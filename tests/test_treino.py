@@ -34,14 +34,19 @@ def carregar(phi3: Path, atencao: str, checkpointing: bool):  # noqa: ANN201
     AttentionInterface.register("por_exemplo", ft.atencao_por_exemplo)
     base = AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.float32, attn_implementation=atencao)
     modelo = ft.etapa_4_lora(ft.ler_opcoes([]), base)
-    torch.manual_seed(0)
-    for nome, parametro in modelo.named_parameters():
-        if "lora_B" in nome:
-            torch.nn.init.normal_(parametro, std=0.05)
+    sortear_adaptadores(modelo)
     if checkpointing:
         modelo.gradient_checkpointing_enable({"use_reentrant": False})
     modelo.config.use_cache = False
     return modelo.train()
+
+
+def sortear_adaptadores(modelo: Any) -> None:
+    """Tira do zero, em que nascem, os adaptadores de `modelo`."""
+    torch.manual_seed(0)
+    for nome, parametro in modelo.named_parameters():
+        if "lora_B" in nome:
+            torch.nn.init.normal_(parametro, std=0.05)
 
 
 def gradientes(modelo, linhas: list[list[dict[str, Any]]]) -> tuple[float, dict[str, torch.Tensor]]:  # noqa: ANN001
@@ -80,10 +85,7 @@ def um_passo(phi3: Path, exemplos: list[dict[str, Any]], **preparo: Any) -> tupl
     modelo = ft.etapa_4_lora(ft.ler_opcoes([]), ft.etapa_3_modelo(entregue, ft.etapa_2_quantizacao("cpu"))[1])
     camadas = [c for c in modelo.modules() if isinstance(c, GradientCheckpointingLayer)]
     assert [c.gradient_checkpointing for c in camadas] == [i < entregue.recalculadas for i in range(2)], "as primeiras"
-    torch.manual_seed(0)
-    for nome, parametro in modelo.named_parameters():
-        if "lora_B" in nome:
-            torch.nn.init.normal_(parametro, std=0.05)
+    sortear_adaptadores(modelo)
     modelo.config.use_cache = False
     tipo = ft.tipo_de_calculo("cpu")
     with torch.autocast("cpu", torch.bfloat16, enabled=tipo == torch.bfloat16):
