@@ -5,14 +5,18 @@ validação. É um modelo de 135 milhões de parâmetros: diz para que lado cada
 Phi-3-mini.
 """
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 from conftest import RAIZ, preparar
 
 import fine_tuning_saude as ft
@@ -42,21 +46,33 @@ def treinar(opcoes: list[str], demo: Path) -> dict[str, Any]:
     return medida | {"segundos": time.process_time() - inicio}
 
 
+def medir(nome: str, demo: str) -> str:
+    """A linha da tabela de uma variante, treinada noutro processo, com um fio só."""
+    feito = subprocess.run(
+        [sys.executable, __file__, "--uma", nome, demo],
+        cwd=RAIZ,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    if feito.returncode:
+        raise SystemExit(feito.stderr)
+    medida = json.loads(feito.stdout.partition("MEDIDA ")[2])
+    linha = f"| {nome} | {medida['antes']:.3f} | {medida['depois']:.3f} | {medida['passo']} | "
+    return linha.replace(".", ",") + f"{medida['segundos'] / 60:.0f} min |"
+
+
 def main() -> None:
-    """Treina cada variante, uma depois da outra, e imprime a tabela."""
+    """Treina as variantes, tantas de cada vez quantos são os núcleos, e imprime a tabela na ordem delas."""
     if sys.argv[1:2] == ["--uma"]:
         print("MEDIDA", json.dumps(treinar(VARIANTES[sys.argv[2]], Path(sys.argv[3]))))
         return
-    with tempfile.TemporaryDirectory() as pasta:
+    with tempfile.TemporaryDirectory() as pasta, ThreadPoolExecutor(psutil.cpu_count(logical=False)) as juntas:
         demo = ft.preparar_modelo_demo(ft.ler_opcoes(["--demo", "--dir-saida", pasta]))
         print("| variante | antes | depois | passo entregue | CPU do treino |\n|---|---:|---:|---:|---:|", flush=True)
-        for nome in VARIANTES:
-            feito = subprocess.run(
-                [sys.executable, __file__, "--uma", nome, demo], cwd=RAIZ, capture_output=True, text=True
-            )
-            medida = json.loads(feito.stdout.partition("MEDIDA ")[2])
-            linha = f"| {nome} | {medida['antes']:.3f} | {medida['depois']:.3f} | {medida['passo']} | "
-            print(linha.replace(".", ",") + f"{medida['segundos'] / 60:.0f} min |", flush=True)
+        for linha in juntas.map(medir, VARIANTES, itertools.repeat(str(demo))):
+            print(linha, flush=True)
 
 
 if __name__ == "__main__":
