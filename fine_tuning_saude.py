@@ -117,8 +117,8 @@ MAX_NEW_TOKENS = 128  # tokens de cada resposta gerada na prova
 
 def main(argv: list[str] | None = None) -> int:
     """Lê as opções, executa as nove etapas e devolve o código de saída."""
-    for terminal in (sys.stdout, sys.stderr):
-        terminal.reconfigure(errors="replace")  # um terminal que não conhece "ã" não derruba a execução
+    for saida in (sys.stdout, sys.stderr):  # um terminal que não conhece "ã" não derruba a execução; um arquivo é UTF-8
+        saida.reconfigure(errors="replace", encoding=saida.encoding if saida.isatty() else "utf-8")
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # barras de progresso das bibliotecas; o tqdm só o lê ao ser importado
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -158,7 +158,7 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
             preparo = preparo._replace(dir_base=localizar_modelo_base(cfg))
     if registro.ultima_pronta == 9:
         registro.gravar(situacao="concluída")
-        log.info("      nada a fazer: tudo pronto desde uma execução anterior; para treinar de novo, --recomecar")
+        log.info("      nada a fazer: tudo pronto de antes. Use --conversar ou, para treinar de novo, --recomecar")
         return
     import torch
 
@@ -194,8 +194,8 @@ def executar(cfg: argparse.Namespace, registro: Registro) -> None:
         if registro.ultima_pronta < 8:
             etapa_8_merge(cfg, preparo.dir_base, tokenizer, exemplos_prova, amostra)
     with registro.etapa(9, "GGUF"):
-        prompts = prompts_treinados(validacao) + prompts_treinados(treino.take(min(AMOSTRA_PROMPTS, len(treino))))
-        registro.campos |= etapa_9_gguf(cfg, preparo, tokenizer, prompts, exemplos_prova)
+        conferidos = [*validacao, *treino.take(min(AMOSTRA_PROMPTS, len(treino)))]
+        registro.campos |= etapa_9_gguf(cfg, preparo, tokenizer, conferidos, exemplos_prova)
         escrever_cartao(cfg, registro.campos, exemplos_prova)
         registro.campos |= dict(situacao="concluída", perguntas_da_prova=len(exemplos_prova))
     resumir(cfg, registro.campos, time.perf_counter() - inicio)
@@ -508,11 +508,12 @@ def etapa_9_gguf(
     cfg: argparse.Namespace,
     preparo: Preparo,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
+    conferidos: Exemplos,
     exemplos_prova: Exemplos,
 ) -> dict[str, Any]:
     """Converte o modelo final em GGUF, quantiza-o em cada tipo pedido, prova cada arquivo e escreve o Modelfile.
 
+    Cada arquivo tem de escrever os prompts de `conferidos` como no treino, e é medido em `exemplos_prova`.
     Devolve, para o registro, as medidas de cada arquivo (`gguf`, de `provar_gguf`), o `adaptador_gguf`, se pedido, as
     `respostas_da_base` e a `comparacao` dela com o último arquivo (`comparar_respostas`).
     """
@@ -522,7 +523,6 @@ def etapa_9_gguf(
     arquivos, do_adaptador = [], []
     do_final = saida / "checkpoints" / "prova" / "logprobs.npy"
     importancia = dict(np.load(do_final.with_name("importancia.npz")))
-    fim, ajustes = id_do_fim_de_turno(tokenizer), preparo.ajustes
     # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
     with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}gguf-", dir=saida, ignore_cleanup_errors=True) as temporaria:
         pasta = saida / Path(temporaria).name
@@ -531,16 +531,16 @@ def etapa_9_gguf(
         medida = em_outro_processo(provar_gguf, f16, exemplos_prova[:PROVAS_EXATAS], do_final, cfg, 0)
         exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
         # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
-        quantizar(preparo.gguf_base, base, tipos[-1], ajustes, importancia)
+        quantizar(preparo.gguf_base, base, tipos[-1], preparo.ajustes, importancia)
         prompts_do_dia = [prompt_e_ids(tokenizer, pergunta)[1] for pergunta in PERGUNTAS_DO_DIA]
         do_dia, todos = em_outro_processo(responder_do_dia, base, cfg, prompts_do_dia), len(exemplos_prova)
         antes = em_outro_processo(provar_gguf, base, exemplos_prova, do_final, cfg, todos, do_dia=do_dia)
         for tipo in tipos:
             nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
-            quantizar(f16, arquivo := pasta / nome, tipo, ajustes, importancia)
+            quantizar(f16, arquivo := pasta / nome, tipo, preparo.ajustes, importancia)
             servido = len(arquivos) + 1 == len(tipos)
             opcoes = dict(gerar=todos, do_dia=do_dia) if servido else dict(gerar=1)
-            opcoes |= dict(prompts=prompts, fim=fim)
+            opcoes["conferidos"] = conferidos
             medida = em_outro_processo(provar_gguf, arquivo, exemplos_prova, do_final, cfg, **opcoes)
             perdeu = f"{nome} perdeu demais na quantização; ponha em QUANTIZACOES_GGUF um tipo maior, como q5_k_m"
             exigir_fidelidade(tipo, perdeu, medida)
@@ -555,9 +555,9 @@ def etapa_9_gguf(
             exigir_fidelidade(
                 "adaptador", f"a base com {lora.name} não é o modelo final; use ADAPTADOR_GGUF False", medida
             )
-            do_adaptador.append({"arquivo": lora.name, "sha256": sha256(lora)})
+            do_adaptador.append({"arquivo": lora.name, "sha256": sha256(lora), "kl": medida["kl"]})
         for antigo in saida.glob("novo_modelo*.gguf"):
-            antigo.unlink()
+            trocar(antigo, pasta / f"antigo-{antigo.name}")
         for pronto in pasta.glob("novo_modelo*.gguf"):
             trocar(pronto, saida / pronto.name)
     gravar_inteiro(saida / "Modelfile", escrever_modelfile(arquivos[-1]["arquivo"], cfg, tokenizer))
@@ -588,6 +588,11 @@ TROCAS_DEMO = {
 }
 
 
+# as que aceitam um número com casas decimais
+FRACIONARIAS = ("NUM_TRAIN_EPOCHS", "LEARNING_RATE", "FRACAO_VALIDACAO", "WARMUP_STEPS", "WEIGHT_DECAY")
+FRACIONARIAS += ("MAX_GRAD_NORM", "LORA_DROPOUT")
+
+
 class Preparo(NamedTuple):
     """O que a etapa 1 entrega às outras."""
 
@@ -614,7 +619,7 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--perguntar", dest="PERGUNTAR", metavar="PERGUNTA", help="responde a uma só pergunta, e acaba")
     for _, nome, ajuda in ler_constantes():
         padrao = globals()[nome]
-        tipo = str if padrao is None else type(padrao)
+        tipo = str if padrao is None else float if nome in FRACIONARIAS else type(padrao)
         forma: dict[str, Any] = {"type": tipo, "metavar": tipo.__name__.upper()}
         if isinstance(padrao, bool):
             forma = {"action": argparse.BooleanOptionalAction}
@@ -633,9 +638,12 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     positivas += ["GRADIENT_ACCUMULATION_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "SAVE_STEPS", "EXEMPLOS_PROVA"]
     positivas += ["MAX_NEW_TOKENS", "MAX_TOKENS_POR_LINHA", "FRACAO_VALIDACAO"]
     for nome in podem_ser_zero + positivas:
-        valor, zero = getattr(cfg, nome), nome in podem_ser_zero
-        if not isinstance(valor, int | float) or not (0 < valor < math.inf or (zero and valor == 0)):
-            parser.error(f"{nome} deve ser um número maior que zero{', ou zero,' if zero else ','} e é {valor!r}")
+        valor, zero, inteiro = getattr(cfg, nome), nome in podem_ser_zero, nome not in FRACIONARIAS
+        if not isinstance(valor, int if inteiro else int | float) or not (
+            0 < valor < math.inf or (zero and valor == 0)
+        ):
+            numero = "um inteiro" if inteiro else "um número"
+            parser.error(f"{nome} deve ser {numero} maior que zero{', ou zero,' if zero else ','} e é {valor!r}")
     if cfg.MAX_TOKENS_POR_LINHA < cfg.MAX_LENGTH:
         parser.error(f"MAX_TOKENS_POR_LINHA ({cfg.MAX_TOKENS_POR_LINHA}) é menor que MAX_LENGTH ({cfg.MAX_LENGTH})")
     if not cfg.QUANTIZACOES_GGUF:
@@ -646,7 +654,7 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"REPORT_TO é none, tensorboard ou wandb, e está {cfg.REPORT_TO}")
     if cfg.SEED >= 2**32:
         parser.error(f"SEED deve ficar entre 0 e 4294967295, e é {cfg.SEED}")
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", cfg.MAX_SHARD_SIZE.upper()):
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", str(cfg.MAX_SHARD_SIZE).upper()):
         parser.error(f"MAX_SHARD_SIZE é um tamanho como 1GB ou 500MB, e está {cfg.MAX_SHARD_SIZE}")
     if cfg.FRACAO_VALIDACAO >= 1:
         parser.error(f"FRACAO_VALIDACAO deve ficar entre 0 e 1, e é {cfg.FRACAO_VALIDACAO}")
@@ -703,12 +711,10 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
     if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
         raise ErroDeUso(f"REPORT_TO pede um pacote que falta: python -m pip install {cfg.REPORT_TO}; ou use none.")
     llama_cpp = Path(cfg.DIR_LLAMA_CPP)
-    if llama_cpp.exists() and not (llama_cpp / "convert_hf_to_gguf.py").is_file() and any(llama_cpp.iterdir()):
-        raise ErroDeUso(f"a pasta {llama_cpp} não tem convert_hf_to_gguf.py: apague-a, ou clone nela o llama.cpp.")
-    if cfg.ADAPTADOR_GGUF and llama_cpp.exists() and not (llama_cpp / "convert_lora_to_gguf.py").is_file():
-        raise ErroDeUso(
-            f"a pasta {llama_cpp} não tem convert_lora_to_gguf.py: apague-a, ou use ADAPTADOR_GGUF = False."
-        )
+    usados = ["convert_hf_to_gguf.py", *(["convert_lora_to_gguf.py"] if cfg.ADAPTADOR_GGUF else [])]
+    faltam = [nome for nome in usados if not (llama_cpp / nome).is_file()]
+    if faltam and llama_cpp.exists() and any(llama_cpp.iterdir()):
+        raise ErroDeUso(f"a pasta {llama_cpp} não tem {faltam[0]}: apague-a, ou clone nela o llama.cpp.")
     acima = primeira_que_existe(Path(cfg.DIR_SAIDA))
     if not acima.is_dir() or not os.access(acima, os.W_OK):
         raise ErroDeUso(f"não se pode escrever em {acima}: dê permissão a quem executa, ou mude DIR_SAIDA.")
@@ -737,7 +743,7 @@ def escolher_dispositivo(cfg: argparse.Namespace) -> str:
     instalado = f"de CUDA {torch.version.cuda}" if torch.version.cuda else "de CPU"
     raise ErroDeUso(
         f"não encontrei GPU NVIDIA com CUDA (o torch instalado é o {instalado}; o README traz a linha certa e o driver "
-        "dela): use --demo para provar as nove etapas com um modelo pequeno, ou --treinar-na-cpu, que leva dias."
+        "dela): use --demo para provar as nove etapas, ou --treinar-na-cpu, que com o Phi-3-mini leva dias."
     )
 
 
@@ -817,7 +823,6 @@ class Par(NamedTuple):
     origem: int
     pergunta: str
     resposta: str
-    tema: str = ""
 
 
 def ler_dados(cfg: argparse.Namespace) -> tuple[list[Par], int]:
@@ -904,10 +909,12 @@ def separar_exemplos(arquivo: Path) -> list[tuple[int, str]]:
 def separar_array(arquivo: Path, texto: str) -> list[tuple[int, str]]:
     """(linha em que começa, texto) de cada item de um array JSON."""
     itens, i, le = [], texto.index("[") + 1, json.JSONDecoder().raw_decode
+    linha, contado = 1, 0
     try:
         while texto[i := re.compile(r"[\s,]*").match(texto, i).end()] != "]":
+            linha, contado = linha + texto.count("\n", contado, i), i
             _, fim = le(texto, i)
-            itens.append((texto.count("\n", 0, i) + 1, texto[i:fim]))
+            itens.append((linha, texto[i:fim]))
             i = fim
         if texto[i + 1 :].strip():
             raise ValueError
@@ -941,7 +948,7 @@ def ler_par(origem: int, objeto: Any) -> tuple[tuple[str, ...], Par]:
     """As chaves usadas de um exemplo e o par que ele traz; o `ValueError` diz em português o que há de errado nele."""
     if not isinstance(objeto, dict):
         raise ValueError('deveria ser um objeto JSON com "input" e "output"')
-    formato, *falas = reconhecer(objeto)
+    formato, *falas = reconhecer(origem, objeto)
     partes = [objeto, *(objeto[formato[0]] if formato[0] in ("messages", "conversations") else [])]
     if perdidas := sorted({c for parte in partes for c in CONTEUDO.difference(formato) if parte.get(c)}):
         raise ErroDeUso(
@@ -961,18 +968,19 @@ def ler_par(origem: int, objeto: Any) -> tuple[tuple[str, ...], Par]:
         if not any(unicodedata.category(c)[0] in "LNPS" for c in texto):
             raise ValueError(f"a {nome} ({', '.join(formato)}) está vazia")
         textos.append(texto)
-    return formato, Par(origem, *textos, tema=str(objeto.get("tema", "")))
+    return formato, Par(origem, *textos)
 
 
-def reconhecer(objeto: dict[str, Any]) -> tuple[tuple[str, ...], Any, Any]:
+def reconhecer(origem: int, objeto: dict[str, Any]) -> tuple[tuple[str, ...], Any, Any]:
     """As chaves que trazem a pergunta e a resposta de um exemplo, e as duas."""
     for chave in ("messages", "conversations"):
         if isinstance(falas := objeto.get(chave), list):
             papeis = [str(fala.get("role", fala.get("from"))) if isinstance(fala, dict) else "?" for fala in falas]
             if [PAPEIS.get(papel) for papel in papeis] != ["user", "assistant"]:
                 raise ErroDeUso(
-                    f'os dados trazem conversas ("{chave}") de {", ".join(papeis) or "nenhuma fala"}, e este treino é '
-                    "de uma pergunta (user) e uma resposta (assistant): deixe só as duas em cada exemplo."
+                    f'os dados trazem, na linha {origem}, uma conversa ("{chave}") de '
+                    f"{', '.join(papeis) or 'nenhuma fala'}, e este treino é de uma pergunta (user) e uma resposta "
+                    "(assistant): deixe só as duas em cada exemplo."
                 )
             return (chave,), *(fala.get("content", fala.get("value")) for fala in falas)
     if objeto.get("instruction"):  # com o "input", se há, depois dela
@@ -1014,15 +1022,16 @@ def achar_dado_pessoal(texto: str) -> str | None:
     """Nome do primeiro dado pessoal achado no texto, sem repeti-lo; números de serviços (136, 0800) não contam."""
     if re.search(r"[\w.+-]+@[\w-]+\.\w", texto):
         return "um e-mail"
+    from validate_docbr import CNS, CPF
+
+    formas = {"um CPF": r"\d{3}\.?\d{3}\.?\d{3}[-/ ]?\d{2}", "um CNS": r"\d{3}[ .]?\d{4}[ .]?\d{4}[ .]?\d{4}"}
+    for documento, validador in zip(formas, (CPF(), CNS()), strict=True):
+        achados = re.findall(rf"(?<!\d){formas[documento]}(?!\d)", texto)
+        if any(validador.validate(re.sub(r"\D", "", achado)) for achado in achados):
+            return documento
     for trecho in re.findall(r"\d[\d .()/-]{6,}\d", texto):
         import phonenumbers
-        from validate_docbr import CNS, CPF
 
-        digitos = re.sub(r"\D", "", trecho)
-        if re.fullmatch(r"\d{3}\.?\d{3}\.?\d{3}[-/ ]?\d{2}", trecho) and CPF().validate(digitos):
-            return "um CPF"
-        if len(digitos) == 15 and CNS().validate(digitos):
-            return "um CNS"
         gratuitos = (phonenumbers.PhoneNumberType.TOLL_FREE, phonenumbers.PhoneNumberType.SHARED_COST)
         for achado in phonenumbers.PhoneNumberMatcher(f"({trecho}" if ")" in trecho else trecho, "BR"):
             if phonenumbers.number_type(achado.number) not in gratuitos:
@@ -1030,11 +1039,10 @@ def achar_dado_pessoal(texto: str) -> str | None:
     return None
 
 
-def agrupar_parecidos(pares: list[Par]) -> tuple[list[list[Par]], int]:
-    """Junta os pares de pergunta ou resposta parecida, também por intermédio de outros; devolve grupos e ligações."""
+def agrupar_parecidos(pares: list[Par]) -> tuple[list[int], int]:
+    """O grupo de cada par, que é o dos parecidos com ele, também por intermédio de outros; e quantas ligações há."""
     from networkx.utils import UnionFind
 
-    pares = sorted(pares, key=lambda par: par[1:3])
     with andamento("busca de perguntas e respostas parecidas"):
         perguntas = achar_parecidos([par.pergunta for par in pares], PERGUNTAS_PARECIDAS)
         respostas = achar_parecidos([par.resposta for par in pares], RESPOSTAS_PARECIDAS)
@@ -1042,7 +1050,7 @@ def agrupar_parecidos(pares: list[Par]) -> tuple[list[list[Par]], int]:
     juntos = UnionFind(range(len(pares)))
     for ligacao in ligacoes:
         juntos.union(*ligacao)
-    return [[pares[i] for i in grupo] for grupo in sorted(map(sorted, juntos.to_sets()))], len(ligacoes)
+    return [juntos[i] for i in range(len(pares))], len(ligacoes)
 
 
 def achar_parecidos(textos: list[str], limite: float) -> Iterator[tuple[int, int]]:
@@ -1068,17 +1076,6 @@ def achar_parecidos(textos: list[str], limite: float) -> Iterator[tuple[int, int
             if len(meus & dele) >= limite * len(meus | dele):
                 yield j, i
         lsh.insert(i, assinatura)
-
-
-def separar_validacao(grupos: list[list[Any]], fracao: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Separa (treino, validação) por grupo inteiro, pela semente e pelo conteúdo, não pela ordem das linhas."""
-    quota = max(1, round(fracao * sum(map(len, grupos))))
-    sorteados = random.Random(seed).sample(grupos, len(grupos))
-    treino: list[Any] = []
-    validacao: list[Any] = []
-    for grupo in sorteados:
-        (validacao if len(validacao) + len(grupo) <= quota else treino).extend(grupo)
-    return treino, validacao
 
 
 # ---------------------------------------------------------------- o que vem de fora
@@ -1167,7 +1164,7 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
         return exigir_base_inteira(pasta)
     import requests
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError
 
     sem_rede = False  # então vale o que já foi baixado; perguntado sem rede, o huggingface_hub insiste por 25 s
     try:
@@ -1183,11 +1180,14 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
             f"o modelo base {cfg.MODELO_BASE} só se baixa por quem aceitou a licença, na página dele no Hugging Face, "
             "e entrou com `hf auth login`."
         ) from None
-    except (HfHubHTTPError, ValueError, OSError) as erro:
+    except Exception as erro:  # do Hub, de cada uma das bibliotecas com que ele baixa, ou do disco
+        if re.search(SINAIS_DE_DISCO_CHEIO, str(erro)):
+            raise
+        revisao = f" --revision {cfg.REVISAO_MODELO_BASE}" if cfg.REVISAO_MODELO_BASE else ""
         raise ErroDeUso(
             f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
-            f"({type(erro).__name__}). Confira nome, revisão e rede; ou baixe-o em outra máquina com "
-            f"`hf download {cfg.MODELO_BASE} --local-dir PASTA` e execute com --modelo-base PASTA."
+            f"({type(erro).__name__}). Confira nome, revisão e rede, e execute de novo, que continua; ou baixe-o em "
+            f"outra máquina com `hf download {cfg.MODELO_BASE}{revisao} --local-dir PASTA` e use --modelo-base PASTA."
         ) from erro
     return pasta if so_config else exigir_base_inteira(pasta)
 
@@ -1196,19 +1196,15 @@ def exigir_base_inteira(pasta: Path) -> Path:
     """Devolve a própria pasta, se ela serve como modelo base; todo safetensors é aberto, o que acusa o truncado."""
     from safetensors import SafetensorError, safe_open
 
-    falta, arquivos, config = "", set(pasta.glob("*.safetensors")), {}
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((pasta / "config.json").read_bytes())
-    for indice in pasta.glob("*.safetensors.index.json"):
-        try:
-            arquivos |= {pasta / nome for nome in json.loads(indice.read_bytes())["weight_map"].values()}
-        except (ValueError, KeyError):
-            falta = f"tem {indice.name} truncado; baixe-o de novo"
-    for arquivo in arquivos:
-        try:
-            safe_open(arquivo, "pt")
-        except (SafetensorError, OSError):
-            falta = f"tem {arquivo.name} truncado ou ausente; baixe-o de novo"
+    aberto, falta, arquivos, config = pasta / "config.json", "", set(pasta.glob("*.safetensors")), {}
+    try:
+        config = json.loads(aberto.read_bytes())
+        for aberto in pasta.glob("*.safetensors.index.json"):
+            arquivos |= {pasta / nome for nome in json.loads(aberto.read_bytes())["weight_map"].values()}
+        for aberto in sorted(arquivos):
+            safe_open(aberto, "pt")
+    except (SafetensorError, OSError, ValueError, KeyError):
+        falta = f"tem {aberto.name} truncado ou ausente; baixe-o de novo"
     especies = {
         "adapter_config.json": "é só um adaptador LoRA: use o modelo de que ele saiu",
         "*.bin": "só tem pesos .bin, que podem trazer código: use uma versão em safetensors",
@@ -1219,6 +1215,8 @@ def exigir_base_inteira(pasta: Path) -> Path:
         falta = next((dito for padrao, dito in especies.items() if any(pasta.glob(padrao))), "está vazia")
     elif "quantization_config" in config:
         falta = "já está quantizada, e o merge pede os pesos de 16 bits: use o modelo original"
+    elif not falta and not [*pasta.glob("tokenizer*"), *pasta.glob("vocab*")]:
+        falta = "não tem os arquivos do tokenizer: baixe-os também"
     if falta:
         raise ErroDeUso(f"a pasta {pasta} não serve como modelo base: {falta}.")
     return pasta
@@ -1457,10 +1455,11 @@ def texto_do_prompt(tokenizer: PreTrainedTokenizerBase, pergunta: str) -> str:
 def tipo_de_calculo(dispositivo: str) -> torch.dtype:
     """O tipo em que se calcula: bf16 onde o dispositivo o tem."""
     import torch
-    from bitsandbytes.functional import has_avx512bf16
 
     if dispositivo == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    from bitsandbytes.functional import has_avx512bf16
+
     # numa CPU sem bf16, tanto bf16 quanto fp16 são muito mais lentos que fp32
     return torch.bfloat16 if has_avx512bf16() else torch.float32
 
@@ -1495,18 +1494,29 @@ def conferir_alvos(alvos: str | list[str], modelo: PreTrainedModel) -> list[str]
     import torch
 
     alvos = alvos if isinstance(alvos, str) else ",".join(alvos)
-    if not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", alvos):
-        return alvos  # all-linear, ou uma expressão regular
-    nomes = [nome.strip() for nome in alvos.split(",")]
+    if alvos.lower() == "all-linear":
+        return alvos
     cabeca = modelo.get_output_embeddings()
     presa = cabeca is not None and cabeca.weight is modelo.get_input_embeddings().weight  # somar nela mudaria a entrada
     lineares = [n for n, c in modelo.named_modules() if isinstance(c, torch.nn.Linear) and not (presa and c is cabeca)]
-    if faltam := [nome for nome in nomes if not any(f".{linear}".endswith(f".{nome}") for linear in lineares)]:
+    if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", alvos):
+        escolha = [nome.strip() for nome in alvos.split(",")]
+        faltam = [nome for nome in escolha if not any(f".{linear}".endswith(f".{nome}") for linear in lineares)]
+    else:  # uma expressão regular, que o PEFT casa com o nome inteiro
+        escolha = alvos
+        try:
+            achados = {nome for nome, _ in modelo.named_modules() if re.fullmatch(alvos, nome)}
+        except re.error:
+            raise ErroDeUso(
+                f"LORA_TARGET_MODULES ({alvos}) não é uma lista de nomes nem uma expressão regular."
+            ) from None
+        faltam = sorted(achados - {*lineares})[:3] if achados else [alvos]
+    if faltam:
         ha = ", ".join(sorted({linear.rpartition(".")[2] for linear in lineares}))
         raise ErroDeUso(
             f"LORA_TARGET_MODULES traz {', '.join(faltam)}, e as camadas lineares deste modelo base são {ha}."
         )
-    return nomes
+    return escolha
 
 
 def atencao_por_exemplo(
@@ -1593,12 +1603,19 @@ def conferir_exemplos(
 
 
 def dividir(cfg: argparse.Namespace, pares: list[Par], exemplos: Dataset) -> tuple[list[int], list[int]]:
-    """Os índices, de treino e de validação, dos exemplos até MAX_LENGTH; parecidos ficam do mesmo lado."""
+    """Os índices, de treino e de validação, dos exemplos até MAX_LENGTH; parecidos ficam do mesmo lado.
+
+    Decidem a semente e o conteúdo, e não a ordem das linhas.
+    """
     tamanhos, grupo, grupos = exemplos["tokens"][:], exemplos["grupo"][:], collections.defaultdict(list)
     for i in sorted(range(len(pares)), key=lambda i: pares[i][1:3]):
         if tamanhos[i] <= cfg.MAX_LENGTH:
             grupos[i if cfg.VALIDACAO_POR_LINHA else grupo[i]].append(i)
-    return separar_validacao(list(grupos.values()), cfg.FRACAO_VALIDACAO, cfg.SEED)
+    quota = max(1, round(cfg.FRACAO_VALIDACAO * sum(map(len, grupos.values()))))
+    treino, validacao = [], []
+    for juntos in random.Random(cfg.SEED).sample(list(grupos.values()), len(grupos)):
+        (validacao if len(validacao) + len(juntos) <= quota else treino).extend(juntos)
+    return treino, validacao
 
 
 def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -1623,10 +1640,9 @@ def codificar_dados(cfg: argparse.Namespace, pares: list[Par], tokenizer: PreTra
         feito = f"{len(pares)} exemplos tokenizados"
         with andamento(feito), pasta_inteira(pasta) as nova, ArrowWriter(path=str(nova / arquivo)) as escritor:
             grupos, ligacoes = agrupar_parecidos(pares)
-            grupo_de = {par.origem: i for i, grupo in enumerate(grupos) for par in grupo}
-            for par in pares:
+            for par, grupo in zip(pares, grupos, strict=True):
                 exemplo = codificar(tokenizer, fim, par, inicio)
-                exemplo |= par._asdict() | {"tokens": len(exemplo["input_ids"]), "grupo": grupo_de[par.origem]}
+                exemplo |= par._asdict() | {"tokens": len(exemplo["input_ids"]), "grupo": grupo}
                 escritor.write(exemplo)
             escritor.finalize()
         log.info("      pares de perguntas ou respostas parecidas: %d", ligacoes)
@@ -1641,11 +1657,6 @@ def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par, inicio: st
         raise ErroDeUso(f"linha {par.origem} dos dados: o tokenizer do modelo base funde o prompt com a resposta.")
     rotulos = [IGNORADO] * len(ids_prompt) + ids[len(ids_prompt) :]
     return {"prompt": prompt, "input_ids": ids, "labels": rotulos}
-
-
-def prompts_treinados(exemplos: Dataset) -> Prompts:
-    """(pergunta, prompt, ids) de cada exemplo, como o treino os guardou."""
-    return tuple((exemplo["pergunta"], exemplo["prompt"], ids_do_prompt(exemplo)) for exemplo in exemplos)
 
 
 def ids_do_prompt(exemplo: dict[str, Any]) -> list[int]:
@@ -1746,7 +1757,7 @@ def acompanhar(linhas: Linhas, pasta: Path) -> Any:
                 tempos = f"{timedelta(seconds=round(gasto))}"
                 if feitos > 0 and falta >= 1:
                     tempos += f", faltam {timedelta(seconds=round(falta))}, até "
-                    tempos += time.strftime("%H:%M", time.localtime(time.time() + falta))
+                    tempos += time.strftime("%d/%m %H:%M", time.localtime(time.time() + falta))
                 log.info("      passo %d/%d: %s; %s", state.global_step, state.max_steps, valores, tempos)
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -1836,12 +1847,13 @@ def calculo_em_fp32(modelo: PreTrainedModel, se_passa: str) -> Iterator[None]:
     """Faz cada camada de 16 bits calcular em fp32, com uma cópia que só existe enquanto ela calcula.
 
     Em bf16 o arredondamento das ativações sozinho dá KL de 0,001, o limite com que se prova a conversão; e o modelo
-    inteiro em fp32 ocuparia o dobro da memória. Ativação que não cabe em fp16 é uma falha, que diz `se_passa`.
+    inteiro em fp32 ocuparia o dobro da memória. Entrada de camada linear que não cabe em fp16, em que o llama.cpp a
+    multiplica, é uma falha, que diz `se_passa`; o que passa entre as camadas, e no Gemma 3 não cabe, lá fica em fp32.
     """
     import torch
 
     def para_fp32(camada: Any, entradas: Any) -> None:
-        if entradas and entradas[0].is_floating_point() and not entradas[0].abs().max() < MAIOR_FP16:
+        if isinstance(camada, torch.nn.Linear) and not entradas[0].abs().max() < MAIOR_FP16:
             raise FalhaNaExecucao(f"há ativações além de {MAIOR_FP16}, que um GGUF de 16 bits não guarda: {se_passa}.")
         guardados.extend((peso, peso.data) for peso in camada.parameters(recurse=False))
         camada.float()
@@ -1906,9 +1918,10 @@ def logprobs(modelo: Any, exemplos: Exemplos) -> Iterator[Any]:
 def garantir_gguf_da_base(
     cfg: argparse.Namespace, conversor: Path, dir_base: Path, somas: dict[str, str], exemplos: Dataset
 ) -> Path:
-    """A base em GGUF de 16 bits, em `checkpoints/base/`; só se refaz, e se prova, se as somas dos arquivos mudaram."""
+    """A base em GGUF de 16 bits, em `checkpoints/base/`; só se refaz, e se prova, se mudam ela ou o llama.cpp."""
     pasta = Path(cfg.DIR_SAIDA) / "checkpoints" / "base"
-    gguf = pasta / f"base-{hashlib.sha256(repr(sorted(somas.items())).encode()).hexdigest()[:16]}.gguf"
+    de_que = repr([metadata.version("llama-cpp-python"), sorted(somas.items())])
+    gguf = pasta / f"base-{hashlib.sha256(de_que.encode()).hexdigest()[:16]}.gguf"
     if not (gguf.is_file() and esta_inteira(pasta)):
         with pasta_inteira(pasta) as nova:
             converter([sys.executable, conversor, dir_base, "--outfile", nova / gguf.name, "--outtype", "f16"])
@@ -1939,7 +1952,7 @@ def converter(comando: list[Any]) -> None:
     """Executa o conversor do llama.cpp (Python, conversor, pasta do modelo, --outfile, destino, …) e confere o fim."""
     _, conversor, pasta, _, destino, *_ = comando
     with andamento(f"{pasta.name} convertida em GGUF de 16 bits"):
-        opcoes = dict(capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        opcoes = dict(capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL)
         feito = subprocess.run([*map(str, comando)], env={**os.environ, "PYTHONUTF8": "1"}, **opcoes)
     if feito.returncode or not destino.is_file():
         if re.search(SINAIS_DE_DISCO_CHEIO, feito.stderr):
@@ -2010,7 +2023,9 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustes: dict[str, Any], impo
 
 def escrever_modelfile(servido: str, cfg: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
     """O Modelfile do Ollama. Sem TEMPLATE, o Ollama usa o chat template que vai no próprio GGUF."""
-    instrucoes = [f"FROM ./{servido}", f"PARAMETER num_ctx {cfg.MAX_LENGTH}", *traduzir_template(tokenizer)]
+    # temperatura zero: a resposta mais provável, que é a que foi provada
+    instrucoes = [f"FROM ./{servido}", f"PARAMETER num_ctx {cfg.MAX_LENGTH}", "PARAMETER temperature 0"]
+    instrucoes += traduzir_template(tokenizer)
     paradas = dict.fromkeys([achar_fim_de_turno(tokenizer).strip(), tokenizer.eos_token])
     return "\n".join([*instrucoes, *(f'PARAMETER stop "{parada}"' for parada in paradas if parada)]) + "\n"
 
@@ -2026,44 +2041,42 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         conversa = [{"role": papel, "content": "⟦⟧"} for papel in papeis]
         return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True).split("⟦⟧")
 
-    instrucoes, sistema, marca = [], None, ""
+    instrucoes, sistema, depois_do_sistema = [], None, ""
     try:
         usuario, antes_da_resposta, entre, geracao = em_volta("user", "assistant", "user")
     except (TemplateError, ValueError):
         usuario = antes_da_resposta = entre = geracao = ""
     inicio = bos if usuario.startswith(bos := tokenizer.bos_token or "") else ""  # vem uma vez, antes de tudo
-    usuario = depois_do_sistema = usuario.removeprefix(inicio)
-    with contextlib.suppress(TemplateError, ValueError):  # há templates sem mensagem de sistema
-        sistema, depois_do_sistema, *_ = em_volta("system", "user")
+    usuario = usuario.removeprefix(inicio)
+    with contextlib.suppress(TemplateError, ValueError):  # há templates sem mensagem de sistema, ou que a ignoram
+        sistema, depois_do_sistema, _ = em_volta("system", "user")
         sistema = sistema.removeprefix(inicio)
-    if sistema and usuario.startswith(sistema) and usuario.endswith(depois_do_sistema):
+    if sistema and usuario.startswith(sistema) and usuario[len(sistema) :].endswith(depois_do_sistema):
         if padrao := usuario[len(sistema) : -len(depois_do_sistema)]:
             # o template põe esta mensagem quando a conversa não traz nenhuma: no Ollama, a instrução SYSTEM
             instrucoes.append(f'SYSTEM """{padrao}"""')
         else:  # ou, como o do Llama 3.1, só o cabeçalho dela
             inicio, sistema = inicio + sistema, ""
         usuario = depois_do_sistema
-    elif sistema == usuario and not depois_do_sistema.endswith(usuario):
-        marca = "{{ $s := false }}"  # o template, como o do Gemma, põe o sistema no começo da pergunta
-    elif not depois_do_sistema.endswith(usuario):
-        sistema = None
-    if not usuario or not entre.endswith(usuario) or geracao != antes_da_resposta:
+    if not usuario or not entre.endswith(usuario) or em_volta("user")[1] != geracao:
         log.info("      o chat template não se traduz para o Modelfile: o Ollama usará o que vai no GGUF")
         return []
-    falas = {"user": (usuario, antes_da_resposta), "assistant": ("", entre.removesuffix(usuario))}
-    if marca:
-        falas["user"] = f"{{{{ if not $s }}}}{usuario}{{{{ end }}}}{{{{ $s = false }}}}", antes_da_resposta
-        falas = {"system": (sistema, depois_do_sistema + "{{ $s = true }}"), **falas}
-    elif sistema is not None:
-        falas = {"system": (sistema, depois_do_sistema.removesuffix(usuario)), **falas}
+    # o que o template escreve entre a mensagem de sistema e a pergunta toma o lugar do começo desta
+    pergunta = f"{{{{ if not $s }}}}{usuario}{{{{ end }}}}{{{{ $s = false }}}}"
+    depois_da_pergunta = antes_da_resposta
+    if geracao != antes_da_resposta:  # depois da última, o pensamento vazio, ou um espaço a menos
+        ultima = "{{ if eq (len (slice $.Messages $i)) 1 }}"
+        depois_da_pergunta = f"{ultima}{geracao}{{{{ else }}}}{antes_da_resposta}{{{{ end }}}}"
+    falas = {"user": (pergunta, depois_da_pergunta), "assistant": ("", entre.removesuffix(usuario))}
+    if sistema is not None:
+        falas["system"] = sistema, depois_do_sistema + "{{ $s = true }}"
     ramos = [f'if eq .Role "{p}" }}}}{antes}{{{{ .Content }}}}{depois}{{{{ ' for p, (antes, depois) in falas.items()]
-    corpo = "{{ range .Messages }}{{ " + "else ".join(ramos) + "end }}{{ end }}"
-    return [*instrucoes, f'TEMPLATE """{inicio}{marca}{corpo}"""']
+    corpo = "{{ range $i, $_ := .Messages }}{{ " + "else ".join(ramos) + "end }}{{ end }}"
+    return [*instrucoes, f'TEMPLATE """{inicio}{{{{ $s := false }}}}{corpo}"""']
 
 
 # ---------------------------------------------------------------- a prova
 
-Prompts = tuple[tuple[str, str, list[int]], ...]  # (pergunta, prompt, ids) de cada um
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
 # divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
 KL_MAXIMA = {"merge": 0.001, "f16": 0.001, "adaptador": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
@@ -2111,18 +2124,17 @@ def provar_gguf(
     do_final: Path,
     cfg: argparse.Namespace,
     gerar: int,
-    prompts: Prompts = (),
-    fim: int | None = None,
+    conferidos: Exemplos = (),
     do_dia: Exemplos = (),
     adaptador: str | None = None,
 ) -> dict[str, Any]:
     """Abre o GGUF no llama.cpp, como um servidor, e mede-o em `exemplos`, contra as log-probabilidades do modelo final.
 
-    `do_final` traz um array por exemplo, um após o outro, na ordem deles. Gera resposta para os primeiros `gerar`. Se
-    vêm `prompts` (pergunta, prompt, ids) e `fim`, exige do arquivo o mesmo prompt, os mesmos ids e o mesmo fim de
-    turno. Com `adaptador`, um GGUF de LoRA, mede os dois juntos. Devolve `kl`, `top1` e `nll` médios por token, e os
-    de cada exemplo em `por_exemplo` e de cada um de `do_dia` (`comparar_logprobs`); `respostas` e `terminou`; `carga_s`
-    (com o arquivo já na memória do sistema), `prompt_tok_s`, `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
+    `do_final` traz um array por exemplo, um após o outro, na ordem deles. Gera resposta para os primeiros `gerar`. De
+    cada um dos `conferidos` exige o mesmo prompt, os mesmos ids e o mesmo fim de turno. Com `adaptador`, um GGUF de
+    LoRA, mede os dois juntos. Devolve `kl`, `top1` e `nll` médios por token, e os de cada exemplo em `por_exemplo` e de
+    cada um de `do_dia` (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na memória do
+    sistema), `prompt_tok_s`, `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
     """
     import llama_cpp
     import numpy as np
@@ -2130,7 +2142,7 @@ def provar_gguf(
     inicio = time.perf_counter()
     modelo = abrir_gguf(gguf, cfg, cfg.MAX_LENGTH + cfg.MAX_NEW_TOKENS)
     medida: dict[str, Any] = {"carga_s": time.perf_counter() - inicio, "respostas": [], "terminou": []}
-    conferir_prompts(modelo, gguf, prompts, fim)
+    conferir_prompts(modelo, gguf, conferidos)
     # gulosas, do prompt treinado, que os arquivos servidos provaram escrever igual. Uma sozinha, como se serve, mede
     # velocidade e memória; as outras, juntas, porque a leitura dos pesos é o que custa
     pedidos = [ids_do_prompt(exemplo) for exemplo in exemplos[:gerar]]
@@ -2145,7 +2157,7 @@ def provar_gguf(
     for ids, terminou in responder_juntas(modelo, pedidos[1:], cfg.MAX_NEW_TOKENS):
         medida["respostas"].append(modelo.detokenize(ids).decode(errors="replace"))
         medida["terminou"].append(terminou)
-    if prompts and not any(resposta.strip() for resposta in medida["respostas"]):
+    if conferidos and not any(resposta.strip() for resposta in medida["respostas"]):
         raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {exemplos[0]['pergunta']}")
     modelo.close()
     maior = max(len(exemplo["input_ids"]) for exemplo in [*exemplos, *do_dia])
@@ -2182,31 +2194,24 @@ def responder_juntas(modelo: Llama, prompts: list[list[int]], maximo: int) -> It
         grupo = prompts[i : i + RESPOSTAS_JUNTAS]
         parametros = modelo.context_params
         parametros.n_seq_max, parametros.kv_unified = len(grupo), True  # um só espaço, dividido entre as conversas
-        parametros.n_ctx = sum(map(len, grupo)) + maximo * len(grupo)
-        parametros.n_batch = max(len(grupo), *map(len, grupo))
+        parametros.n_ctx = parametros.n_batch = sum(map(len, grupo)) + maximo * len(grupo)
         contexto = _internals.LlamaContext(model=modelo._model, params=parametros, verbose=False)
         lote = _internals.LlamaBatch(n_tokens=parametros.n_batch, embd=0, n_seq_max=1, verbose=False)
-
-        def mais_provavel(linha: int, contexto: Any = contexto) -> int:
-            return int(as_array(llama_get_logits_ith(contexto.ctx, linha), (modelo.n_vocab(),)).argmax())
-
-        proximos, respostas = {}, [[] for _ in grupo]
-        for conversa, prompt in enumerate(grupo):
+        novos, respostas = dict(enumerate(grupo)), [[] for _ in grupo]
+        while novos:
             lote.reset()
-            lote.add_sequence(prompt, conversa, logits_all=False)
+            linhas = {}
+            for conversa, ids in novos.items():  # o prompt e, depois dele, um token de cada vez
+                lote.add_sequence(ids, conversa, logits_all=False)
+                linhas[conversa] = linha = lote.n_tokens() - 1
+                lote.batch.pos[linha] = len(grupo[conversa]) + len(respostas[conversa]) - 1
             contexto.decode(lote)
-            proximos[conversa] = mais_provavel(-1)
-        for _ in range(maximo):
-            proximos = {c: token for c, token in proximos.items() if not llama_vocab_is_eog(modelo._model.vocab, token)}
-            if not proximos:
-                break
-            lote.reset()
-            for conversa, token in proximos.items():  # um token de cada conversa, na posição em que ela está
-                lote.add_sequence([token], conversa, logits_all=True)
-                lote.batch.pos[lote.n_tokens() - 1] = len(grupo[conversa]) + len(respostas[conversa])
-                respostas[conversa].append(token)
-            contexto.decode(lote)
-            proximos = {conversa: mais_provavel(linha) for linha, conversa in enumerate(proximos)}
+            novos = {}
+            for conversa, linha in linhas.items():
+                token = int(as_array(llama_get_logits_ith(contexto.ctx, linha), (modelo.n_vocab(),)).argmax())
+                if len(respostas[conversa]) < maximo and not llama_vocab_is_eog(modelo._model.vocab, token):
+                    respostas[conversa].append(token)
+                    novos[conversa] = [token]
         contexto.close()
         yield from ((resposta, len(resposta) < maximo) for resposta in respostas)
 
@@ -2221,16 +2226,15 @@ def memoria_maxima() -> int:
     return getattr(memoria, "peak_wset", memoria.rss)
 
 
-def conferir_prompts(modelo: Llama, gguf: Path, prompts: Prompts, fim: int | None) -> None:
+def conferir_prompts(modelo: Llama, gguf: Path, exemplos: Exemplos) -> None:
     """Exige do GGUF, com o chat template e o vocabulário dele, o fim de turno, os prompts e os ids do treino."""
-    import llama_cpp
-
-    vocabulario = llama_cpp.llama_model_get_vocab(modelo._model.model)
-    if fim is not None and (eot := llama_cpp.llama_vocab_eot(vocabulario)) != fim:
-        raise FalhaNaExecucao(f"{gguf}: o fim de turno é o token {eot}, e o treino usou {fim}: o modelo não pararia.")
-    escrever = escritor_de_prompts(modelo)
-    for pergunta, prompt, ids in prompts:
-        escrito, obtidos = escrever([{"role": "user", "content": pergunta}])
+    escrever, eot = escritor_de_prompts(modelo), modelo._model.token_eot()
+    for exemplo in exemplos:
+        if eot != (fim := exemplo["labels"][-1]):
+            dito = f"o fim de turno é o token {eot}, e o treino usou {fim}: o modelo não pararia"
+            raise FalhaNaExecucao(f"{gguf}: {dito}.")
+        prompt, ids = exemplo["prompt"], ids_do_prompt(exemplo)
+        escrito, obtidos = escrever([{"role": "user", "content": exemplo["pergunta"]}])
         if (escrito, obtidos) != (prompt, ids):
             treino, servido = f"{prompt!r} {ids}", f"{escrito!r} {obtidos}"
             raise FalhaNaExecucao(f"{gguf}: o prompt servido não é o do treino:\n  treino: {treino}\n  GGUF: {servido}")
@@ -2395,16 +2399,20 @@ Pergunta: {{ citar(exemplo.pergunta) }}
 {% endfor -%}
 ## Como usar
 
-- **Ollama**: `ollama create saude-aps -f Modelfile && ollama run saude-aps`
-- **llama.cpp**: `llama-cli -m {{ servido.arquivo }} --jinja -cnv`
-- **LM Studio**: copie o `.gguf` para a pasta de modelos, em `saude/aps/`, e abra-o.
+Com temperatura 0, que é como foi provado e o que o `Modelfile` já pede.
 
+- **Ollama**: `ollama create saude-aps -f Modelfile`, e depois `ollama run saude-aps`
+- **llama.cpp**: `llama-cli -m {{ servido.arquivo }} --jinja -cnv --temp 0`
+- **LM Studio**: copie o `.gguf` para a pasta de modelos, em `saude/aps/`, e abra-o.
+{% for a in adaptador_gguf -%}
+- **Só o adaptador**, sobre uma base em GGUF (KL {{ n(a.kl, ".4f") }}): `llama-cli -m BASE.gguf --lora {{ a.arquivo }}`
+{% endfor %}
 ## Como foi treinado
 
 Dados: `{{ dados }}`, SHA-256 `{{ sha256_dados }}`. {% for nome in decisivas -%}
 `{{ nome }}` {{ constantes[nome] }}{{ ", " if not loop.last }}
-{%- endfor %}. As demais constantes, versões, tempos e somas estão em `execucao.json`. A licença é a do
-modelo base; a dos dados, a de quem os forneceu.
+{%- endfor %}. As demais constantes, versões, tempos e somas ficaram no `execucao.json` de
+quem treinou. A licença é a do modelo base; a dos dados, a de quem os forneceu.
 """
 
 
@@ -2484,7 +2492,8 @@ def resumir(cfg: argparse.Namespace, campos: dict[str, Any], segundos: float) ->
     log.info("  melhor que a base, no GGUF final? %s", dar_veredito(campos["comparacao"], campos["perguntas_da_prova"]))
     log.info("  medidas, exemplos e como usar: %s", Path(cfg.DIR_SAIDA) / "README.md")
     log.info('  conversar com ele já: python fine_tuning_saude.py --dir-saida "%s" --conversar', cfg.DIR_SAIDA)
-    log.info('  no Ollama: cd "%s" && ollama create saude-aps -f Modelfile && ollama run saude-aps', cfg.DIR_SAIDA)
+    modelfile = Path(cfg.DIR_SAIDA) / "Modelfile"
+    log.info('  no Ollama: ollama create saude-aps -f "%s" e, depois, ollama run saude-aps', modelfile)
 
 
 def dar_veredito(comparacao: dict[str, list[float]], perguntas: int) -> str:
@@ -2514,6 +2523,7 @@ AVISO = "Não substitui protocolos nem profissionais, e pode errar. Urgência: S
 
 def conversar(cfg: argparse.Namespace) -> None:
     """Conversa no terminal com o GGUF servido, ou responde só a `--perguntar`. Não escreve arquivo nem usa a rede."""
+    conferir_instalacao()
     saida = Path(cfg.DIR_SAIDA)
     try:
         registro = json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
@@ -2531,6 +2541,8 @@ def conversar(cfg: argparse.Namespace) -> None:
     escrever = escritor_de_prompts(modelo)
     if not uma_so:
         sys.stdin.reconfigure(errors="replace")  # o que se digita ou cola pode não estar na codificação do terminal
+        with contextlib.suppress(ImportError):  # as setas, e perguntas de mais de 4095 bytes; no Windows não há
+            importlib.import_module("readline")
         print("Escreva a pergunta; /sair termina, e Ctrl-C interrompe uma resposta.", file=sys.stderr)
     falas: list[dict[str, str]] = []
     while True:
@@ -2539,7 +2551,8 @@ def conversar(cfg: argparse.Namespace) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         dita = dita.encode(errors="replace").decode()  # da linha de comando, bytes que não são UTF-8 vêm sem par
-        if (dita := unicodedata.normalize("NFC", dita).strip()) == "/sair":  # NFC, como os dados que o modelo viu
+        dita = unicodedata.normalize("NFC", dita).strip()  # como os dados que o modelo viu
+        if dita == "/sair" and not uma_so:
             return
         pergunta = {"role": "user", "content": dita}
         controle = modelo.tokenize(dita.encode(), add_bos=False) != modelo.tokenize(dita.encode(), False, special=True)
@@ -2558,10 +2571,14 @@ def conversar(cfg: argparse.Namespace) -> None:
                 print(dito := pedaco["choices"][0]["text"], end="", flush=True)
                 falas[-1]["content"] += dito
             print()
+            if pedaco["choices"][0]["finish_reason"] == "length":
+                print(f"(a resposta foi cortada em {resposta} tokens)", file=sys.stderr)
         except KeyboardInterrupt:
             if uma_so:
                 raise
             print(" (interrompida)")
+            if not falas[-1]["content"]:
+                del falas[-2:]  # uma pergunta sem resposta: o modelo nunca viu conversa assim
         if uma_so:
             return
 
@@ -2650,6 +2667,8 @@ class Registro:
             for resto in [*checkpoints(restos), *restos.glob("prova")]:
                 shutil.rmtree(resto)
                 log.info("      recomeçando: %s apagado", resto)
+            if "gguf" in anterior:  # com que se conversa até que o novo esteja pronto
+                self.campos["gguf"] = anterior["gguf"]
         elif "sha256_dados" not in anterior:
             if checkpoints(restos):
                 raise ErroDeUso(f"{restos} não tem registro de sua execução: use --recomecar, ou outro DIR_SAIDA.")
@@ -2661,7 +2680,8 @@ class Registro:
                 mudancas = [f"{nome}: era {antes.get(nome)} e agora é {agora.get(nome)}" for nome in do_treino]
                 outra = f"{self.saida} é de outra execução; desfaça a mudança, use --recomecar, ou outro DIR_SAIDA"
                 raise ErroDeUso("\n  ".join([f"{outra}:", *mudancas]))
-            self.ultima_pronta = min(contar_prontas(self.saida, anterior), 7 if mudou else 9)
+            with andamento("o que ficou da execução anterior, conferido"):
+                self.ultima_pronta = min(contar_prontas(self.saida, anterior), 7 if mudou else 9)
             feitas = {n: etapa for n, etapa in anterior["etapas"].items() if int(n) <= self.ultima_pronta}
             anterior.pop("erro", None)
             self.campos = anterior | self.campos | {"inicio": anterior["inicio"], "etapas": feitas}
@@ -2756,7 +2776,7 @@ def selar_checkpoint(novo: Path, melhor: int | None) -> None:
     selar(novo)
     for antigo in checkpoints(novo.parent)[2:]:
         if antigo.name != f"checkpoint-{melhor}":
-            shutil.rmtree(antigo)
+            shutil.rmtree(antigo, ignore_errors=True)  # o que um antivírus segura sai na vez seguinte
 
 
 def gravar_adaptador(cfg: argparse.Namespace, checkpoint: Path) -> None:
@@ -2782,18 +2802,13 @@ def pasta_inteira(destino: Path) -> Iterator[Path]:
     destino.parent.mkdir(parents=True, exist_ok=True)
     opcoes = dict(dir=destino.parent, ignore_cleanup_errors=True)  # o que sobrar, a execução seguinte apaga
     with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}{destino.name}-", **opcoes) as ao_lado:
-        provisoria, anterior = Path(ao_lado) / destino.name, Path(ao_lado) / "anterior"
+        provisoria = Path(ao_lado) / destino.name
         provisoria.mkdir()
         yield provisoria
         selar(provisoria)
         if destino.exists():
-            trocar(destino, anterior)
-        try:
-            trocar(provisoria, destino)
-        except OSError:
-            if anterior.exists():
-                os.replace(anterior, destino)
-            raise
+            trocar(destino, Path(ao_lado) / "anterior")
+        trocar(provisoria, destino)
 
 
 def selar(pasta: Path) -> None:
@@ -2897,7 +2912,7 @@ IGNORADO = -100  # rótulo que a perda do PyTorch pula
 TOKENS_POR_PEDACO = 128  # tokens de resposta projetados no vocabulário de cada vez
 # como cada biblioteca e sistema diz que o disco ou a memória acabou
 SINAIS_DE_DISCO_CHEIO = r"No space left|File too large|(os error|Errno|WinError) (2[78]|112)\b|PytorchStreamWriter"
-SINAIS_DE_DISCO_CHEIO += r"|[Qq]uota|requested and \d+ written"
+SINAIS_DE_DISCO_CHEIO += r"|\b[Qq]uota\b|requested and \d+ written"
 SINAIS_DE_POUCA_MEMORIA = r"OutOfMemory|out of memory|ALLOC_FAILED|enough memory|can't allocate|MemoryError|rror 1455"
 DISCO_CHEIO = "o disco encheu: libere espaço e execute de novo, que continua de onde parou"
 

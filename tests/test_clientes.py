@@ -40,8 +40,6 @@ MODELOS = {
     ("mistral",): ("mistral",),
 }
 MODELO_DE = {forma: modelo for modelo, formas in MODELOS.items() for forma in formas}
-# o pensamento só na última resposta, ou um espaço só antes da resposta pronta, não se diz na linguagem do Ollama
-SEM_TRADUCAO = {"llama_com_espaco", "mistral", "qwen_que_pensa", "qwen_com_chave", "qwen_r1"}
 CONVERSAS = {
     "uma_pergunta": ["user"],
     "varias_falas": ["user", "assistant", "user", "assistant", "user"],
@@ -278,15 +276,13 @@ def ollama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]
 
 @pytest.mark.parametrize("forma", MODELO_DE)
 def test_o_modelfile_escreve_as_perguntas_as_conversas_e_o_sistema_como_o_chat_template(
-    forma: str, servir: Callable[[tuple[object, ...]], Servido], request: pytest.FixtureRequest
+    forma: str, servir: Callable[[tuple[object, ...]], Servido], ollama: Callable[..., list[str]]
 ) -> None:
     tokenizer = servir(MODELO_DE[forma]).tokenizers[forma]
     modelfile = ft.escrever_modelfile("novo_modelo.gguf", ft.ler_opcoes([]), tokenizer)
-    assert ("TEMPLATE" not in modelfile) == (forma in SEM_TRADUCAO)
-    if forma not in SEM_TRADUCAO:
-        conversas = [*map(perguntar, PERGUNTAS), *map(conversar, CONVERSAS.values())]
-        esperadas = [escrever(tokenizer, conversa) for conversa in conversas]
-        assert request.getfixturevalue("ollama")(modelfile, *conversas) == esperadas
+    conversas = [*map(perguntar, PERGUNTAS), *map(conversar, CONVERSAS.values())]
+    esperadas = [escrever(tokenizer, conversa) for conversa in conversas]
+    assert ollama(modelfile, *conversas) == esperadas
 
 
 def test_o_modelfile_vale_para_outros_templates_e_deixa_de_fora_o_que_nao_traduz(
@@ -316,6 +312,21 @@ def test_o_modelfile_vale_para_outros_templates_e_deixa_de_fora_o_que_nao_traduz
     )
     outro.chat_template += " + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
     outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    esperadas = [escrever(outro, conversa) for conversa in conversas]
+    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
+    # há quem separe do sistema a pergunta com o que também acaba o cabeçalho dela
+    outro.chat_template = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]\\n' + ("
+    outro.chat_template += (
+        "messages[0]['content'] + '\\n' if messages[0]['role'] == 'system' and loop.index == 2 else '')"
+    )
+    outro.chat_template += " + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
+    outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    esperadas = [escrever(outro, conversa) for conversa in conversas]
+    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
+    # e quem ignore o sistema
+    outro.chat_template = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]' + m['content']"
+    outro.chat_template += " + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>' }}"
+    outro.chat_template += "{% endif %}{% endfor %}"
     esperadas = [escrever(outro, conversa) for conversa in conversas]
     assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
     # o que não se pode dizer na linguagem do Ollama fica de fora, e ele usa o template que vai no GGUF

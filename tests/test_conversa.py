@@ -57,6 +57,13 @@ class Terminal:
             if select.select([self.mestre], [], [], 0.1)[0]:
                 self.dito += os.read(self.mestre, 65536).decode(errors="replace")
 
+    def ler_mais(self, letras: int) -> None:
+        """Lê até que tenham aparecido mais `letras` letras."""
+        inicio = len(self.dito)
+        while len(self.dito) < inicio + letras:
+            assert select.select([self.mestre], [], [], 60)[0], f"parou de escrever:\n{self.dito}"
+            self.dito += os.read(self.mestre, 64).decode(errors="replace")
+
     def escrever(self, texto: str) -> None:
         """Digita uma linha."""
         os.write(self.mestre, f"{texto}\n".encode())
@@ -72,16 +79,17 @@ def test_a_conversa_mostra_o_aviso_responde_para_no_ctrl_c_e_sai(
     assert terminal.dito.lstrip().startswith("Não substitui protocolos nem profissionais")
     terminal.escrever("quem toma a vacina da gripe?")
     terminal.ler_ate("gripe?")
-    inicio = len(terminal.dito)
-    while len(terminal.dito) < inicio + 20:  # as palavras vêm aos poucos, e não no fim
-        terminal.ler_ate(terminal.dito[:1])
-        terminal.dito += os.read(terminal.mestre, 64).decode(errors="replace")
+    terminal.ler_mais(20)  # as palavras vêm aos poucos, e não no fim
     os.kill(terminal.processo.pid, signal.SIGINT)
     terminal.ler_ate("(interrompida)")
     terminal.ler_ate("\n> ", 2)
     terminal.escrever("e <|end|> agora?")
     terminal.ler_ate("A pergunta traz um token de controle do modelo.")
     terminal.ler_ate("\n> ", 3)
+    terminal.escrever("o que é UBS?")  # o programa continua, e responde
+    terminal.ler_mais(len("o que é UBS?") + 20)
+    os.kill(terminal.processo.pid, signal.SIGINT)
+    terminal.ler_ate("\n> ", 4)
     terminal.escrever("/sair")
     assert terminal.processo.wait(20) == 0
     assert {a: a.stat().st_mtime_ns for a in saida.rglob("*")} == antes, "não escreve arquivo nenhum"
@@ -98,9 +106,13 @@ def test_perguntar_escreve_so_a_resposta_a_mesma_do_llama_cpp_e_acaba(execucao_p
     maximo = registro["constantes"]["MAX_LENGTH"]
     modelo = llama_cpp.Llama(str(saida / registro["gguf"][-1]["arquivo"]), n_ctx=2 * maximo, verbose=False)
     conversa = [{"role": "user", "content": "O que é APS?"}]
-    esperada = modelo.create_chat_completion(conversa, temperature=0.0, max_tokens=maximo)["choices"][0]["message"]
+    esperada = modelo.create_chat_completion(conversa, temperature=0.0, max_tokens=maximo)["choices"][0]
     modelo.close()
-    assert feito.stdout == esperada["content"] + "\n"
+    assert feito.stdout == esperada["message"]["content"] + "\n"
+    # a que não acabou sozinha é dita cortada
+    assert ("foi cortada em" in feito.stderr) == (esperada["finish_reason"] == "length")
+    # e /sair, fora da conversa, é uma pergunta como outra
+    assert executar("--perguntar", "/sair", "--dir-saida", saida).stdout.strip()
 
 
 def test_sem_modelo_pronto_ou_com_pergunta_que_nao_cabe_diz_o_que_fazer(
@@ -124,7 +136,7 @@ def test_o_historico_que_ja_nao_cabe_no_contexto_e_esquecido_do_mais_antigo(
         escrever = original(modelo)
 
         def anotado(falas: list[dict[str, str]]) -> tuple[str, list[int]]:
-            pedidos.append([fala["content"] for fala in falas if fala["role"] == "user"])
+            pedidos.append([fala["content"] for fala in falas])
             return escrever(falas)
 
         return anotado
@@ -132,14 +144,14 @@ def test_o_historico_que_ja_nao_cabe_no_contexto_e_esquecido_do_mais_antigo(
     ditas = [f"pergunta {i} " + "longa " * 60 for i in range(4)]
     monkeypatch.setattr(ft, "escritor_de_prompts", anotar)
     conversar_com(ditas, execucao_phi3[0], monkeypatch)
-    assert len(pedidos[-1]) < 4 and pedidos[-1][-1].startswith("pergunta 3"), "a última fica, as primeiras saem"
-    assert not any("pergunta 0" in pergunta for pergunta in pedidos[-1])
+    assert len(pedidos[-1]) < 7 and pedidos[-1][-1].startswith("pergunta 3"), "a última fica, as primeiras saem"
+    assert not any("pergunta 0" in fala for fala in pedidos[-1])
     # a que se recusa não faz esquecer nada
     pedidos.clear()
-    curta = [{"choices": [{"text": "sim"}]}]
+    curta = [{"choices": [{"text": "sim", "finish_reason": "stop"}]}]
     monkeypatch.setattr("llama_cpp.Llama.create_completion", lambda *_, **__: curta)
     conversar_com(["a primeira", "palavra " * 2000, "", "<|end|>", "a segunda"], execucao_phi3[0], monkeypatch)
-    assert pedidos[-1] == ["a primeira", "a segunda"]
+    assert pedidos[-1] == ["a primeira", "sim", "a segunda"]
     assert "está vazia, ou é longa demais" in capsys.readouterr().err
 
 

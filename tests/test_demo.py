@@ -23,6 +23,12 @@ def test_com_tudo_na_maquina_nada_tenta_usar_a_rede(demonstracao: tuple[Path, di
     assert feito.returncode == 2 and (tmp_path / "tentativas.txt").read_text()
 
 
+def test_conversa_se_com_o_modelo_da_demonstracao_sem_dizer_a_pasta(demonstracao: tuple[Path, dict]) -> None:
+    assert ft.TROCAS_DEMO["DIR_SAIDA"] == ft.ler_opcoes(["--demo", "--conversar"]).DIR_SAIDA
+    feito = executar("--demo", "--perguntar", "O que é APS?", "--dir-saida", demonstracao[0])
+    assert feito.returncode == 0 and len(feito.stdout.split()) > 3, feito.stderr
+
+
 def test_os_dois_gguf_da_demonstracao_respondem(demonstracao: tuple[Path, dict]) -> None:
     arquivos = demonstracao[1]["gguf"]
     assert [a["tipo"] for a in arquivos] == ["q8_0", "q4_k_m"]

@@ -457,9 +457,28 @@ def test_numero_escrito_como_texto_no_bloco_das_constantes_e_dito(
     import fine_tuning_saude as ft
 
     monkeypatch.setattr(ft, "LEARNING_RATE", "2e-4")
+    assert ft.ler_opcoes([]).LEARNING_RATE == 2e-4  # este se entende
+    monkeypatch.setattr(ft, "LORA_R", "dezesseis")
     with pytest.raises(SystemExit):
         ft.ler_opcoes([])
-    assert "LEARNING_RATE deve ser um número maior que zero, e é '2e-4'" in capsys.readouterr().err
+    assert "LORA_R deve ser um inteiro maior que zero, e é 'dezesseis'" in capsys.readouterr().err
+
+
+def test_constante_inteira_que_se_escreve_com_virgula_e_a_fracionaria_sem_ela(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fine_tuning_saude as ft
+
+    monkeypatch.setattr(ft, "NUM_TRAIN_EPOCHS", 3)
+    assert ft.ler_opcoes(["--num-train-epochs", "0.5"]).NUM_TRAIN_EPOCHS == 0.5
+    for nome, valor, dito in (
+        ("LORA_R", 16.0, "LORA_R deve ser um inteiro maior que zero, e é 16.0"),
+        ("MAX_SHARD_SIZE", 10**9, "MAX_SHARD_SIZE é um tamanho como 1GB ou 500MB"),
+    ):
+        with monkeypatch.context() as mudada, pytest.raises(SystemExit):
+            mudada.setattr(ft, nome, valor)
+            ft.ler_opcoes([])
+        assert dito in capsys.readouterr().err
 
 
 def test_o_readme_traz_a_tabela_das_constantes_como_elas_estao() -> None:
@@ -503,6 +522,29 @@ def test_base_que_pede_licenca_e_dita_com_o_que_fazer(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", recusar)
     with pytest.raises(ft.ErroDeUso, match=r"só se baixa por quem aceitou a licença.*hf auth login"):
         ft.localizar_modelo_base(ft.ler_opcoes([]), so_config=True)
+
+
+def test_download_que_cai_no_meio_se_continua_e_disco_cheio_nao_se_toma_por_ele(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import httpx2 as httpx
+    import huggingface_hub
+    import requests
+
+    import fine_tuning_saude as ft
+
+    def cair(*_: object, **__: object) -> None:
+        raise quedas.pop()
+
+    quedas = [OSError(28, "No space left on device"), httpx.ReadTimeout("caiu"), RuntimeError("do hf_xet")]
+    monkeypatch.setattr(requests, "head", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cair)
+    for _ in range(2):
+        with pytest.raises(ft.ErroDeUso, match=r"execute de novo, que continua.*--revision 0a67737cc96d"):
+            ft.localizar_modelo_base(ft.ler_opcoes([]))
+    with pytest.raises(OSError) as erro:
+        ft.localizar_modelo_base(ft.ler_opcoes([]))
+    assert ft.explicar(erro.value).startswith(ft.DISCO_CHEIO)
 
 
 @pytest.mark.parametrize(("falha", "so_o_local"), [("ConnectionError", True), ("ReadTimeout", False), (None, False)])

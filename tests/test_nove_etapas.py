@@ -229,7 +229,7 @@ def test_o_modelfile_gravado_e_o_que_se_prova_com_o_ollama_e_para_nos_dois_token
     modelfile = (execucao_phi3[0] / "Modelfile").read_text(encoding="utf-8")
     cfg = ft.ler_opcoes(OPCOES_RAPIDAS)
     assert modelfile == ft.escrever_modelfile("novo_modelo-q4_k_m.gguf", cfg, tokenizer)
-    assert modelfile.startswith(f"FROM ./novo_modelo-q4_k_m.gguf\nPARAMETER num_ctx {cfg.MAX_LENGTH}\nTEMPLATE ")
+    assert modelfile.startswith(f"FROM ./novo_modelo-q4_k_m.gguf\nPARAMETER num_ctx {cfg.MAX_LENGTH}\nPARAMETER temp")
     assert re.findall(r'PARAMETER stop "(.+)"', modelfile) == ["<|end|>", "<|endoftext|>"]
 
 
@@ -284,9 +284,7 @@ def test_as_nove_etapas_valem_para_outras_familias_e_seus_templates(
     modelfile = (saida / "Modelfile").read_text(encoding="utf-8")
     assert modelfile == ft.escrever_modelfile("novo_modelo.gguf", ft.ler_opcoes([*map(str, opcoes)]), tokenizer)
     assert fim in re.findall(r'PARAMETER stop "(.+)"', modelfile)
-    # o pensamento só na última resposta e o espaço só na resposta pronta não se dizem na linguagem do Ollama, que usa o
-    # template do GGUF
-    assert ("TEMPLATE" in modelfile) == (familia in ("llama", "gemma3"))
+    assert "TEMPLATE" in modelfile
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +360,7 @@ def test_modelo_em_que_um_exemplo_veria_os_outros_e_recusado_na_estimativa(hibri
 
 
 ALVOS = {"q_proj,v_proj": "q_proj, v_proj", "qkv_proj,embed_tokens": "embed_tokens", "inexistente": "inexistente"}
+ALVOS |= {".*(q_proj|embed_tokens)": "model.embed_tokens", ".*self_attn": "model.layers.0.self_attn", "x.*": r"x\.\*"}
 
 
 @pytest.mark.parametrize("alvos", ALVOS)
@@ -377,8 +376,12 @@ def test_camada_que_o_modelo_base_nao_tem_e_recusada_com_as_que_ele_tem(alvos: s
     assert ft.conferir_alvos(["qkv_proj", "o_proj"], base) == ["qkv_proj", "o_proj"]
     base.config.tie_word_embeddings = True
     base.lm_head.weight = base.get_input_embeddings().weight  # presas uma à outra: somar numa mudaria a outra
-    with pytest.raises(ft.ErroDeUso, match="traz lm_head"):
-        ft.conferir_alvos("qkv_proj,lm_head", base)
+    for presos in ("qkv_proj,lm_head", ".*(qkv_proj|lm_head)"):
+        with pytest.raises(ft.ErroDeUso, match="traz lm_head"):
+            ft.conferir_alvos(presos, base)
+    assert ft.conferir_alvos(r".*\.(qkv_proj|o_proj)", base) == r".*\.(qkv_proj|o_proj)"
+    with pytest.raises(ft.ErroDeUso, match="não é uma lista de nomes nem uma expressão regular"):
+        ft.conferir_alvos("*.qkv_proj", base)
 
 
 BASES = {
@@ -387,6 +390,7 @@ BASES = {
     "gguf": (None, ("modelo.gguf",), "é um GGUF"),
     "adaptador": (None, ("adapter_config.json", "adapter_model.bin"), "é só um adaptador LoRA"),
     "vazia": (None, (), "está vazia"),
+    "sem_tokenizer": (None, (), "não tem os arquivos do tokenizer"),
 }
 
 
@@ -394,8 +398,9 @@ BASES = {
 def test_base_que_nao_serve_e_recusada_com_o_motivo_certo(caso: str, phi3: Path, tmp_path: Path) -> None:
     config, arquivos, dito = BASES[caso]
     base = tmp_path / "base"
-    if caso == "em_4_bits":
-        shutil.copytree(phi3, base)
+    if caso in ("em_4_bits", "sem_tokenizer"):
+        outros = shutil.ignore_patterns("tokenizer*" if caso == "sem_tokenizer" else "")
+        shutil.copytree(phi3, base, ignore=outros)
     base.mkdir(exist_ok=True)
     if config is not None:
         (base / "config.json").write_text(json.dumps({"model_type": "phi3"} | config))

@@ -102,6 +102,11 @@ def test_dado_pessoal_para_a_execucao_sem_mostrar_o_numero(tmp_path: Path) -> No
     assert len(ler(arquivo, "--aceitar-dados-pessoais")[0]) == 2
 
 
+@pytest.mark.parametrize("dito", ["CPF 529.982.247-25 - 10/11/1980", "cartão 298 2597 9190 0002 (10/11/1980)"])
+def test_documento_seguido_de_uma_data_tambem_e_achado(dito: str) -> None:
+    assert ft.achar_dado_pessoal(dito) in ("um CPF", "um CNS")
+
+
 @pytest.mark.parametrize(("campo", "limite"), [("input", 0.65), ("output", 0.5)])
 def test_a_busca_de_parecidos_acha_quase_todos_os_que_a_forca_bruta_acha_e_nenhum_outro(
     campo: str, limite: float
@@ -124,8 +129,7 @@ def test_num_arquivo_de_parafrases_a_validacao_nao_vaza_para_o_treino() -> None:
             for m, p in zip(muda, pares, strict=False)
         ]
         pares += [ft.Par(len(pares) + i, *par) for i, par in enumerate(nova)]
-    grupos, ligacoes = ft.agrupar_parecidos(pares)
-    treino, validacao = ft.separar_validacao(grupos, 0.2, 42)
+    treino, validacao, ligacoes = separar(pares, 42)
     assert ligacoes > 100 and len(treino) + len(validacao) == len(pares) and len(validacao) >= 0.15 * len(pares)
     for campo, limite in (("pergunta", ft.PERGUNTAS_PARECIDAS), ("resposta", ft.RESPOSTAS_PARECIDAS)):
         juntos = [ft.normalizar(getattr(par, campo)) for par in treino + validacao]
@@ -136,9 +140,25 @@ def test_a_validacao_vem_da_semente_e_do_conteudo_e_nao_da_ordem_das_linhas() ->
     pares = [ft.Par(i, d["input"], d["output"]) for i, d in enumerate(linhas_reais(100))]
 
     def validacao(ordem: list[ft.Par], seed: int) -> list[ft.Par]:
-        return sorted(ft.separar_validacao(ft.agrupar_parecidos(ordem)[0], 0.2, seed)[1])
+        return sorted(separar(ordem, seed)[1])
 
     assert validacao(pares, 42) == validacao(pares[::-1], 42) != validacao(pares, 43)
+
+
+def separar(pares: list[ft.Par], seed: int) -> tuple[list[ft.Par], list[ft.Par], int]:
+    """Os pares de treino e os de validação, um quinto, como a etapa 5 os separa, e quantas ligações há entre eles."""
+    grupos, ligacoes = ft.agrupar_parecidos(pares)
+    cfg = ft.ler_opcoes(["--fracao-validacao", "0.2", "--seed", str(seed)])
+    treino, validacao = ft.dividir(cfg, pares, {"tokens": [1] * len(pares), "grupo": grupos})
+    return [pares[i] for i in treino], [pares[i] for i in validacao], ligacoes
+
+
+def test_um_array_numa_linha_so_e_separado_como_o_de_muitas(tmp_path: Path) -> None:
+    linhas = [{"input": d["input"], "output": d["output"]} for d in linhas_reais(40)]
+    (tmp_path / "dados.json").write_text(json.dumps(linhas, ensure_ascii=False), encoding="utf-8")
+    pares, lidas = ler(tmp_path / "dados.json")
+    treino, validacao, _ = separar(pares, 42)
+    assert lidas == 40 and {par.origem for par in pares} == {1} and len(validacao) == 8 and len(treino) == 32
 
 
 def test_exemplo_longo_pode_ser_deixado_de_fora_e_contado(tmp_path: Path, phi3: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import platform
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import OPCOES_RAPIDAS, RAIZ, exemplos_reais, linhas_reais
+from conftest import OPCOES_RAPIDAS, RAIZ, exemplos_reais
 from interprete import executavel
 
 import fine_tuning_saude as ft
@@ -30,11 +31,6 @@ def converter(pasta: Path, destino: Path) -> None:
 def exemplos(phi3: Path) -> list[dict]:
     """Seis exemplos reais, codificados como na etapa 5."""
     return exemplos_reais(phi3, 6)
-
-
-def esperar(tokenizer, perguntas: list[str]) -> tuple[tuple[str, str, list[int]], ...]:  # noqa: ANN001
-    """O que o GGUF tem de escrever e tokenizar para estas perguntas."""
-    return tuple((pergunta, *ft.prompt_e_ids(tokenizer, pergunta)) for pergunta in perguntas)
 
 
 def carregar(pasta: Path, tipo: str):  # noqa: ANN201
@@ -86,6 +82,19 @@ def test_ativacao_que_o_fp16_nao_guarda_e_acusada_antes_de_converter(phi3: Path,
         ft.calculo_em_fp32(modelo, "o treino divergiu"),
     ):
         list(ft.logprobs(modelo, exemplos))
+
+
+def test_o_que_passa_entre_as_camadas_pode_nao_caber_em_fp16_porque_o_llama_cpp_o_guarda_em_fp32(
+    phi3: Path, exemplos: list[dict]
+) -> None:
+    import torch
+
+    modelo = carregar(phi3, "bfloat16")
+    with torch.no_grad():  # como no Gemma 3: cada camada normaliza o que lê, e os valores grandes não a alcançam
+        modelo.model.embed_tokens.weight *= 1e7
+    with ft.calculo_em_fp32(modelo, "o treino divergiu"):
+        (obtido,) = ft.logprobs(modelo, exemplos[:1])
+    assert np.isfinite(obtido).all()
 
 
 def test_a_importancia_e_a_media_do_quadrado_de_cada_coluna_da_entrada(phi3: Path, exemplos: list[dict]) -> None:
@@ -223,23 +232,17 @@ def test_base_que_o_llama_cpp_calcula_de_outro_modo_e_acusada_antes_do_treino(
 # ---------------------------------------------------------------- tokenizer
 
 
-def conferir(arquivo: Path, tokenizer, perguntas: list[str]) -> None:  # noqa: ANN001
-    """Abre o GGUF e exige dele os prompts do tokenizer."""
-    import llama_cpp
-
-    modelo = llama_cpp.Llama(str(arquivo), vocab_only=True, verbose=False)
-    ft.conferir_prompts(modelo, arquivo, esperar(tokenizer, perguntas), ft.id_do_fim_de_turno(tokenizer))
-    modelo.close()
-
-
 def test_o_llama_cpp_tokeniza_como_o_treino_num_modelo_chatml(demonstracao: tuple[Path, dict]) -> None:
+    import llama_cpp
     from transformers import AutoTokenizer
 
     saida, registro = demonstracao
     tokenizer = AutoTokenizer.from_pretrained(saida / "modelo_final")
     assert ft.achar_fim_de_turno(tokenizer) == "<|im_end|>"
     for arquivo in registro["gguf"]:
-        conferir(saida / arquivo["arquivo"], tokenizer, [linha["input"] for linha in linhas_reais(30)])
+        modelo = llama_cpp.Llama(str(saida / arquivo["arquivo"]), vocab_only=True, verbose=False)
+        ft.conferir_prompts(modelo, saida / arquivo["arquivo"], exemplos_reais(saida / "modelo_final", 30))
+        modelo.close()
 
 
 # ---------------------------------------------------------------- o cartão
@@ -267,6 +270,24 @@ def test_o_cartao_tem_cabecalho_medidas_curva_e_exemplos(execucao_phi3: tuple[Pa
     assert f"do passo {registro['perda_validacao']['passo']}, o de menor perda" in cartao.text
     with Image.open(saida / "perda.png") as curva:
         assert curva.width > 600 and len(curva.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_o_cartao_de_uma_base_do_hub_diz_dela_a_licenca_e_nada_diz_desta_maquina(
+    execucao_phi3: tuple[Path, dict], tmp_path: Path
+) -> None:
+    from huggingface_hub import ModelCard
+
+    saida, registro = execucao_phi3
+    opcoes = ["--modelo-base", "meta-llama/Llama-3.2-1B-Instruct", "--dir-saida", str(tmp_path)]
+    exemplos = [{"pergunta": "O que é APS?", "resposta": "A *porta* de entrada."}] * 5
+    ft.escrever_cartao(ft.ler_opcoes(opcoes), registro, exemplos)
+    dados = ModelCard.load(tmp_path / "README.md").data
+    assert (dados.license, dados.base_model) == ("llama3.2", "meta-llama/Llama-3.2-1B-Instruct")
+    assert dados.base_model_relation == "finetune" and dados.language == "pt"
+    for cartao in (tmp_path / "README.md", saida / "README.md"):
+        dito = cartao.read_text(encoding="utf-8")
+        assert not any(daqui in dito for daqui in (platform.node(), str(RAIZ), str(saida.parent), str(tmp_path)))
+        assert f"--lora {registro['adaptador_gguf'][0]['arquivo']}`" in dito
 
 
 def test_a_linha_do_readme_publica_o_cartao_os_gguf_e_o_adaptador_e_nada_mais(

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import CURTAS, Execucao, disse, existe, guardar_base
+from conftest import CURTAS, Execucao, disse, executar, existe, guardar_base
 
 import fine_tuning_saude as ft
 
@@ -201,6 +201,13 @@ def test_outra_execucao_na_mesma_pasta_e_recusada_com_o_que_mudou_e_recomecar_a_
     assert resultado(pronta) != intacta[1]
 
 
+def test_ao_recomecar_ainda_se_conversa_com_o_modelo_de_antes(pronta: Path) -> None:
+    antes = json.loads((pronta / "execucao.json").read_text(encoding="utf-8"))["gguf"]
+    ft.Registro(ft.ler_opcoes(["--dir-saida", str(pronta)])).continuar(recomecar=True)
+    feito = executar("--perguntar", "O que é APS?", "--dir-saida", pronta)
+    assert feito.returncode == 0 and antes and not ft.checkpoints(pronta / "checkpoints"), feito.stderr
+
+
 def test_modelo_base_truncado_e_dito_e_consertado_a_execucao_continua(
     parada_no_treino: Path, base: Path, tmp_path: Path, intacta: tuple[Path, dict[str, str]]
 ) -> None:
@@ -323,7 +330,7 @@ def abertos():
             yield os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
             pass
-    with open("/proc/self/maps") as mapas:
+    with open("/proc/self/maps", encoding="utf-8") as mapas:
         yield from (linha.split(None, 5)[5].strip() for linha in mapas if "/" in linha)
 def recusar(funcao):
     def recusada(caminho, *resto, dir_fd=None, **opcoes):
@@ -341,20 +348,28 @@ def recusar(funcao):
     return recusada
 for nome in ("replace", "rename", "unlink", "remove"):
     setattr(os, nome, recusar(getattr(os, nome)))
-import builtins, locale, sys
-locale.getpreferredencoding = lambda *_: "cp1252"
+import builtins, io, sys
+abrir = builtins.open
+def como_texto(arquivo, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **opcoes):
+    if "b" not in mode:  # sem que se diga outra coisa, a página de código e a quebra de linha de lá
+        encoding = "cp1252" if encoding in (None, "locale") else encoding
+        newline = "\\r\\n" if newline is None and set(mode) & set("wax+") else newline
+    return abrir(arquivo, mode, buffering, encoding, errors, newline, **opcoes)
+builtins.open = io.open = como_texto
 """
 
 
 def test_nada_que_esta_aberto_e_trocado_nem_apagado_como_o_windows_exige(saida: Path, base: Path) -> None:
-    ambiente = {"PYTHONIOENCODING": "cp850"}
-    Execucao(saida, base, antes=COMO_NO_WINDOWS, **ambiente).terminar()
-    mudada = Execucao(saida, base, "--quantizacoes-gguf", "q5_0", antes=COMO_NO_WINDOWS, **ambiente)
+    Execucao(saida, base, antes=COMO_NO_WINDOWS).terminar()
+    mudada = Execucao(saida, base, "--quantizacoes-gguf", "q5_0", antes=COMO_NO_WINDOWS)
     assert "mudou QUANTIZACOES_GGUF" in mudada.terminar()
     assert not list(saida.rglob(f"{ft.PARCIAL}*")) and json.loads((saida / "execucao.json").read_text("utf-8"))
+    # o que outro programa lê, e não é JSON, a que a quebra de linha não importa
+    for arquivo in [saida / "Modelfile", saida / "modelo_final" / "chat_template.jinja", *saida.rglob(ft.SOMAS)]:
+        assert b"\r" not in arquivo.read_bytes() and arquivo.read_text("utf-8"), arquivo
 
 
-def test_o_que_se_escreve_tem_nome_que_o_windows_aceita_e_quebra_de_linha_simples(
+def test_o_que_se_escreve_tem_nome_que_o_windows_aceita(
     intacta: tuple[Path, dict[str, str]],
 ) -> None:
     reservados = {"con", "prn", "aux", "nul", *(f"{porta}{n}" for porta in ("com", "lpt") for n in range(1, 10))}
@@ -362,8 +377,6 @@ def test_o_que_se_escreve_tem_nome_que_o_windows_aceita_e_quebra_de_linha_simple
         relativo = escrito.relative_to(intacta[0])
         assert not re.search(r'[<>:"|?*\\]|[. ]$', escrito.name), relativo
         assert escrito.name.partition(".")[0].lower() not in reservados and len(str(relativo)) < 120, relativo
-        if escrito.suffix in (".json", ".jinja", ".md", ".log") or escrito.name == "Modelfile":
-            assert b"\r" not in escrito.read_bytes(), relativo
     programa = Path(ft.__file__).read_text(encoding="utf-8")
     assert "symlink" not in programa and "os.fork" not in programa
     assert programa.count("get_context(") == programa.count('get_context("spawn")') >= 2
