@@ -12,7 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -226,24 +226,40 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = recusar
 """
 
 
-@pytest.fixture(scope="session")
-def demonstracao(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """`python fine_tuning_saude.py --demo`, sem rede e com o que ela baixa já na máquina: pasta de saída e registro."""
+@pytest.fixture(scope="session", autouse=True)
+def demonstracao_ao_lado(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, subprocess.Popen] | None]:
+    """`python fine_tuning_saude.py --demo`, que é o mais longo: começa antes de todos e vai, com um fio, ao lado deles.
+
+    Executa sem rede, com o que ela baixa já na máquina. Dá a pasta de saída e o processo, se algum teste os pede.
+    """
+    if not any("demonstracao" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     import fine_tuning_saude as ft
 
     pasta = tmp_path_factory.mktemp("demo")
     saida = pasta / "saida"
-    cfg = ft.ler_opcoes(["--demo", "--dir-saida", str(saida), "--dir-llama-cpp", str(RAIZ / "llama.cpp")])
+    opcoes = ["--demo", "--dir-saida", str(saida), "--dir-llama-cpp", str(RAIZ / "llama.cpp")]
+    cfg = ft.ler_opcoes(opcoes)
     ft.garantir_llama_cpp(cfg)
     ft.preparar_modelo_demo(cfg)
     (pasta / "sitecustomize.py").write_text(SEM_REDE)
-    # esperando como fora dos testes, o que numa máquina livre é mais rápido
-    ambiente = {
-        "PYTHONPATH": str(pasta),
-        "TENTATIVAS_DE_REDE": str(pasta / "tentativas.txt"),
-        "GOMP_SPINCOUNT": "300000",
-    }
-    return saida, executar_ate_o_fim("--demo", "--dir-saida", saida, python=sys.executable, **ambiente)
+    ambiente = {"PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(pasta / "tentativas.txt"), "OMP_NUM_THREADS": "1"}
+    with (pasta / "dito.txt").open("w") as dito:
+        comando, opcoes_do_processo = [sys.executable, PROGRAMA, *opcoes], dict(stdout=dito, stderr=dito, cwd=RAIZ)
+        processo = subprocess.Popen(comando, env={**os.environ, **ambiente}, **opcoes_do_processo)
+    yield saida, processo
+    processo.kill()
+
+
+@pytest.fixture(scope="session")
+def demonstracao(demonstracao_ao_lado: tuple[Path, subprocess.Popen]) -> tuple[Path, dict]:
+    """A pasta de saída e o registro da demonstração (`demonstracao_ao_lado`), que tem de terminar bem."""
+    saida, processo = demonstracao_ao_lado
+    assert processo.wait() == 0, (saida.parent / "dito.txt").read_text(encoding="utf-8")
+    return saida, json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

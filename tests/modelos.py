@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import numpy as np
 
 FIM, EOS = "<|end|>", "<|endoftext|>"
 # o chat template de microsoft/Phi-3-mini-4k-instruct
@@ -230,7 +233,9 @@ def construir_llama_ou_qwen(destino: Path, vocabularios: Path, familia: str, tem
 
     configs = {"llama": LlamaConfig, "qwen": Qwen2Config}
     arquivo = {"llama": "ggml-vocab-llama-bpe.gguf", "qwen": "ggml-vocab-qwen2.gguf"}[familia]
-    tokenizer = AutoTokenizer.from_pretrained(vocabularios, gguf_file=arquivo)
+    # separar 400 mil pedaços de um memmap custa o dobro que os de um array
+    with mock.patch("numpy.memmap", lambda caminho, mode, dtype=np.uint8: np.fromfile(caminho, dtype)):
+        tokenizer = AutoTokenizer.from_pretrained(vocabularios, gguf_file=arquivo)
     proprio = {"llama": CHAT_TEMPLATE_LLAMA, "qwen": CHAT_TEMPLATE_QWEN}[familia]
     tokenizer.chat_template = TEMPLATES.get(template, proprio)
     tokenizer.save_pretrained(destino)
