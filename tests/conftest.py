@@ -226,6 +226,11 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = recusar
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deixa para o fim os testes que esperam pela demonstração, que enquanto isso vai ao lado dos outros."""
+    items.sort(key=lambda item: "demonstracao" in item.fixturenames)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def demonstracao_ao_lado(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
