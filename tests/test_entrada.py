@@ -524,6 +524,36 @@ def test_base_que_pede_licenca_e_dita_com_o_que_fazer(monkeypatch: pytest.Monkey
         ft.localizar_modelo_base(ft.ler_opcoes([]), so_config=True)
 
 
+def test_llama_cpp_feito_para_outro_processador_ou_que_nao_carrega_e_dito_antes_de_baixar(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import importlib.abc
+
+    import llama_cpp
+    import torch
+
+    import fine_tuning_saude as ft
+
+    ft.conferir_llama_cpp()  # o desta máquina serve
+    monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: b"CPU : AVX2 = 1 | AVX512 = 1 | LLAMAFILE = 1 | ")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    ft.conferir_llama_cpp()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(ft.ErroDeUso, match=r"pede AVX-512, que este processador não tem.*--no-binary"):
+        ft.conferir_llama_cpp()
+
+    class Estragada(importlib.abc.MetaPathFinder):
+        def find_spec(self, nome: str, *_: object) -> None:
+            if nome == "llama_cpp":
+                raise RuntimeError("Failed to load shared library 'llama.dll'")
+
+    monkeypatch.delitem(sys.modules, "llama_cpp")
+    monkeypatch.setattr(sys, "meta_path", [Estragada(), *sys.meta_path])
+    ft.calar_llama_cpp.cache_clear()
+    with pytest.raises(ft.ErroDeUso, match=r"não carrega \(Failed to load.*Visual C\+\+ Redistributable"):
+        ft.acalmar_bibliotecas()
+
+
 def test_download_que_cai_no_meio_se_continua_e_disco_cheio_nao_se_toma_por_ele(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -313,11 +313,11 @@ def test_um_arquivo_preso_por_outro_programa_e_esperado_um_minuto_e_dito(
     monkeypatch.setattr(os, "replace", preso)
     monkeypatch.setattr(time, "sleep", esperas.append)
     caplog.set_level("INFO", "fine_tuning_saude")
-    ft.trocar(tmp_path / "de", tmp_path / "para")
+    ft.insistir(os.replace, tmp_path / "de", tmp_path / "para")
     assert (tmp_path / "para").read_text() == "novo" and "largue para" in caplog.text
     preso_por = math.inf
     with pytest.raises(PermissionError):
-        ft.trocar(tmp_path / "para", tmp_path / "de")
+        ft.insistir(os.replace, tmp_path / "para", tmp_path / "de")
     assert 55 <= sum(esperas) - 51.2 <= 65
 
 
