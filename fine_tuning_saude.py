@@ -1369,6 +1369,7 @@ POR_EXTENSO_ATE = 512  # tokens de um exemplo cuja atenção, na CPU, é calcula
 
 def carregar_tokenizer(dir_base: Path) -> PreTrainedTokenizerBase:
     """O tokenizer do modelo base, com o chat template com que se treina e se serve (`fixar_template`)."""
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(dir_base, trust_remote_code=False)
@@ -1376,7 +1377,17 @@ def carregar_tokenizer(dir_base: Path) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         raise ErroDeUso("o modelo base não traz chat template: escolha um modelo instruído (instruct ou chat).")
-    fixar_template(tokenizer)
+    try:
+        fixar_template(tokenizer)
+        achar_fim_de_turno(tokenizer)
+        escrito = em_volta_da_resposta(tokenizer)[0] + texto_do_prompt(tokenizer, "⟦pergunta⟧")
+    except (TemplateError, TypeError) as erro:
+        raise ErroDeUso(
+            f"o chat template do modelo base não escreve uma pergunta e uma resposta ({type(erro).__name__}): escolha "
+            "outro modelo instruído."
+        ) from erro
+    if "⟦pergunta⟧" not in escrito:
+        raise ErroDeUso("o chat template do modelo base não escreve a pergunta: escolha outro modelo instruído.")
     return tokenizer
 
 
@@ -1397,8 +1408,8 @@ def fixar_template(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = template
     prompt, (antes, _) = texto_do_prompt(tokenizer, "pergunta"), em_volta_da_resposta(tokenizer)
     pensamento = antes.removeprefix(prompt) if antes.startswith(prompt) else ""
-    if prompt.rstrip().endswith("<think>"):
-        pensamento = "\n</think>\n\n"
+    if aberto := re.search(r"<(think|thought)>\s*$", prompt):
+        pensamento = f"\n</{aberto[1]}>\n\n"
     pensamento = pensamento if pensamento.strip() else ""  # só espaço é começo da resposta (`inicio_da_resposta`)
     if pensamento:
         tokenizer.chat_template += "{%- if add_generation_prompt %}{{- " + repr(pensamento) + " }}{%- endif %}"
@@ -1443,6 +1454,10 @@ def id_do_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> int:
 def achar_fim_de_turno(tokenizer: PreTrainedTokenizerBase) -> str:
     """O que o chat template escreve logo depois da resposta: `<|end|>` no Phi-3, `<|im_end|>` no SmolLM2."""
     depois = em_volta_da_resposta(tokenizer)[1]
+    if depois.strip() in ("", texto_do_prompt(tokenizer, "⟦⟧").partition("⟦⟧")[2].strip()):
+        # nos do GLM, do Qwen 1.5 e do Apertus, o turno só se fecha onde o outro começa
+        falas = [{"role": p, "content": f"⟦{i}⟧"} for i, p in enumerate(("user", "assistant", "user"))]
+        depois = tokenizer.apply_chat_template(falas, tokenize=False).partition("⟦1⟧")[2].partition("⟦2⟧")[0]
     especiais = [(depois.find(token), token) for token in tokenizer.added_tokens_encoder if token in depois]
     if not especiais:
         raise ErroDeUso(
@@ -2046,7 +2061,7 @@ def escrever_modelfile(servido: str, cfg: argparse.Namespace, tokenizer: PreTrai
 
 
 def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """O chat template na linguagem do Ollama: as instruções SYSTEM e TEMPLATE, ou nada, se nela não se pode dizê-lo.
+    """O chat template na linguagem do Ollama: a instrução TEMPLATE, ou nada, se nela não se pode dizê-lo.
 
     A tradução sai do próprio template: renderiza conversas de sonda e lê o que ele escreve em volta de cada fala.
     """
@@ -2056,38 +2071,45 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         conversa = [{"role": papel, "content": "⟦⟧"} for papel in papeis]
         return tokenizer.apply_chat_template(conversa, tokenize=False, add_generation_prompt=True).split("⟦⟧")
 
-    instrucoes, sistema, depois_do_sistema = [], None, ""
+    u, a, s = "user", "assistant", "system"
+    sistema, depois_do_sistema, no_meio, na_ultima = None, "", None, False
     try:
-        usuario, antes_da_resposta, entre, geracao = em_volta("user", "assistant", "user")
+        inicio, antes_da_resposta, entre, geracao = em_volta(u, a, u)
+        da_segunda = [antes_da_resposta, entre, geracao]
+        traduz = em_volta(u) == [inicio, geracao]
+        traduz &= em_volta(u, a, u, a, u) == [inicio, antes_da_resposta, entre, *da_segunda]
+        with contextlib.suppress(TemplateError, ValueError):  # há templates sem mensagem de sistema, ou que a ignoram
+            sistema, depois_do_sistema, depois = em_volta(s, u)
+            longa = em_volta(s, u, a, u)
+            # os do Mistral v0.3 e do Nemo põem-na no começo da última pergunta
+            na_ultima = longa == [inicio, antes_da_resposta, entre, depois_do_sistema, geracao]
+            traduz &= depois == geracao and (na_ultima or longa == [sistema, depois_do_sistema, *da_segunda])
+        with contextlib.suppress(TemplateError, ValueError):  # trocada no meio da conversa
+            _, _, no_meio, depois, _ = em_volta(u, a, s, u)
+            no_meio = no_meio if depois == depois_do_sistema else None
     except (TemplateError, ValueError):
-        usuario = antes_da_resposta = entre = geracao = ""
-    inicio = bos if usuario.startswith(bos := tokenizer.bos_token or "") else ""  # vem uma vez, antes de tudo
-    usuario = usuario.removeprefix(inicio)
-    with contextlib.suppress(TemplateError, ValueError):  # há templates sem mensagem de sistema, ou que a ignoram
-        sistema, depois_do_sistema, _ = em_volta("system", "user")
-        sistema = sistema.removeprefix(inicio)
-    if sistema and usuario.startswith(sistema) and usuario[len(sistema) :].endswith(depois_do_sistema):
-        if padrao := usuario[len(sistema) : -len(depois_do_sistema)]:
-            # o template põe esta mensagem quando a conversa não traz nenhuma: no Ollama, a instrução SYSTEM
-            instrucoes.append(f'SYSTEM """{padrao}"""')
-        else:  # ou, como o do Llama 3.1, só o cabeçalho dela
-            inicio, sistema = inicio + sistema, ""
-        usuario = depois_do_sistema
-    if not usuario or not entre.endswith(usuario) or em_volta("user")[1] != geracao:
+        traduz = False
+    tudo = "".join([inicio, *da_segunda, sistema or "", depois_do_sistema, no_meio or ""]) if traduz else ""
+    if not traduz or "{{" in tudo or '"""' in tudo:
         log.info("      o chat template não se traduz para o Modelfile: o Ollama usará o que vai no GGUF")
         return []
-    # o que o template escreve entre a mensagem de sistema e a pergunta toma o lugar do começo desta
-    pergunta = f"{{{{ if not $s }}}}{usuario}{{{{ end }}}}{{{{ $s = false }}}}"
+    ultima = "eq (len (slice $.Messages $i)) 1"
     depois_da_pergunta = antes_da_resposta
     if geracao != antes_da_resposta:  # depois da última, o pensamento vazio, ou um espaço a menos
-        ultima = "{{ if eq (len (slice $.Messages $i)) 1 }}"
-        depois_da_pergunta = f"{ultima}{geracao}{{{{ else }}}}{antes_da_resposta}{{{{ end }}}}"
-    falas = {"user": (pergunta, depois_da_pergunta), "assistant": ("", entre.removesuffix(usuario))}
-    if sistema is not None:
-        falas["system"] = sistema, depois_do_sistema + "{{ $s = true }}"
-    ramos = [f'if eq .Role "{p}" }}}}{antes}{{{{ .Content }}}}{depois}{{{{ ' for p, (antes, depois) in falas.items()]
+        depois_da_pergunta = f"{{{{ if {ultima} }}}}{geracao}{{{{ else }}}}{antes_da_resposta}{{{{ end }}}}"
+    # $p: nada foi escrito ainda; $s: acabou de vir a mensagem de sistema
+    antes = f"{{{{ if $s }}}}{depois_do_sistema}{{{{ else if $p }}}}{inicio}{{{{ else }}}}{entre}{{{{ end }}}}"
+    antes += "{{ $p = false }}{{ $s = false }}"
+    if na_ultima:
+        antes += f"{{{{ if and $.System ({ultima}) }}}}{{{{ $.System }}}}{depois_do_sistema}{{{{ end }}}}"
+    # a resposta sem pergunta antes não se escreve: o Ollama tira do começo as falas que não cabem
+    falas = {u: f"{antes}{{{{ .Content }}}}{depois_da_pergunta}", a: "{{ if not $p }}{{ .Content }}{{ end }}"}
+    if sistema is not None and not na_ultima:
+        outra = "" if no_meio is None else f"{{{{ else }}}}{no_meio}{{{{ .Content }}}}{{{{ $s = true }}}}"
+        falas[s] = f"{{{{ if $p }}}}{sistema}{{{{ .Content }}}}{{{{ $s = true }}}}{outra}{{{{ end }}}}"
+    ramos = [f'if eq .Role "{papel}" }}}}{fala}{{{{ ' for papel, fala in falas.items()]
     corpo = "{{ range $i, $_ := .Messages }}{{ " + "else ".join(ramos) + "end }}{{ end }}"
-    return [*instrucoes, f'TEMPLATE """{inicio}{{{{ $s := false }}}}{corpo}"""']
+    return [f'TEMPLATE """{{{{ $p := true }}}}{{{{ $s := false }}}}{corpo}"""']
 
 
 # ---------------------------------------------------------------- a prova

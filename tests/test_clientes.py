@@ -241,7 +241,14 @@ func main() {
 	escritas := []string{}
 	for _, conversa := range pedido.Conversas {
 		var escrita strings.Builder
-		if erro := modelo.Execute(&escrita, map[string]any{"Messages": conversa, "Response": ""}); erro != nil {
+		sistemas := []string{}
+		for _, fala := range conversa {
+			if fala.Role == "system" {
+				sistemas = append(sistemas, fala.Content)
+			}
+		}
+		valores := map[string]any{"System": strings.Join(sistemas, "\\n\\n"), "Messages": conversa, "Response": ""}
+		if erro := modelo.Execute(&escrita, valores); erro != nil {
 			panic(erro)
 		}
 		escritas = append(escritas, escrita.String())
@@ -263,9 +270,6 @@ def ollama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]
 
     def renderizar(modelfile: str, *conversas: list[dict[str, str]]) -> list[str]:
         (template,) = re.findall(r'^TEMPLATE """(.*?)"""$', modelfile, re.S | re.M)
-        if sistema := re.findall(r'^SYSTEM """(.*?)"""$', modelfile, re.S | re.M):
-            padrao = {"role": "system", "content": sistema[0]}
-            conversas = tuple(c if c[0]["role"] == "system" else [padrao, *c] for c in conversas)
         pedido = json.dumps({"template": template, "conversas": conversas})
         feito = subprocess.run([pasta / "renderizar"], input=pedido, capture_output=True, text=True, encoding="utf-8")
         assert feito.returncode == 0, feito.stderr
@@ -283,6 +287,11 @@ def test_o_modelfile_escreve_as_perguntas_as_conversas_e_o_sistema_como_o_chat_t
     conversas = [*map(perguntar, PERGUNTAS), *map(conversar, CONVERSAS.values())]
     esperadas = [escrever(tokenizer, conversa) for conversa in conversas]
     assert ollama(modelfile, *conversas) == esperadas
+    # o Ollama tira do começo as falas que já não cabem, e uma resposta pode ficar sem a sua pergunta
+    for papeis in (["assistant", "user"], ["system", "assistant", "user"]):
+        conversa = conversar(papeis)
+        sem_ela = [fala for fala in conversa if fala["role"] != "assistant"]
+        assert ollama(modelfile, conversa) == [escrever(tokenizer, sem_ela)], papeis
 
 
 def test_o_modelfile_vale_para_outros_templates_e_deixa_de_fora_o_que_nao_traduz(
@@ -321,6 +330,22 @@ def test_o_modelfile_vale_para_outros_templates_e_deixa_de_fora_o_que_nao_traduz
     )
     outro.chat_template += " + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
     outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    esperadas = [escrever(outro, conversa) for conversa in conversas]
+    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
+    # e, como os do Mistral v0.3 e do Nemo, quem o ponha na última pergunta
+    outro.chat_template = "{% set s = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
+    outro.chat_template += "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]' + (s if loop.last"
+    outro.chat_template += " else '') + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
+    outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    esperadas = [escrever(outro, conversa) for conversa in conversas]
+    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
+    # ou, como os do Mistral Small e do SmolLM3, traga outra mensagem de sistema quando não vem nenhuma
+    outro.chat_template = "{{ '<s>[system]' }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
+    outro.chat_template += (
+        "{% set messages = messages[1:] %}{% else %}{{ 'Responda bem.' }}{% endif %}{{ '[/system]' }}"
+    )
+    outro.chat_template += "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]' + m['content'] + '[/user]'"
+    outro.chat_template += " }}{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     esperadas = [escrever(outro, conversa) for conversa in conversas]
     assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
     # e quem ignore o sistema
