@@ -1380,13 +1380,13 @@ def carregar_tokenizer(dir_base: Path) -> PreTrainedTokenizerBase:
     try:
         fixar_template(tokenizer)
         achar_fim_de_turno(tokenizer)
-        escrito = em_volta_da_resposta(tokenizer)[0] + texto_do_prompt(tokenizer, "⟦pergunta⟧")
+        prompt = texto_do_prompt(tokenizer, "⟦pergunta⟧")
     except (TemplateError, TypeError) as erro:
         raise ErroDeUso(
             f"o chat template do modelo base não escreve uma pergunta e uma resposta ({type(erro).__name__}): escolha "
             "outro modelo instruído."
         ) from erro
-    if "⟦pergunta⟧" not in escrito:
+    if "⟦pergunta⟧" not in prompt:
         raise ErroDeUso("o chat template do modelo base não escreve a pergunta: escolha outro modelo instruído.")
     return tokenizer
 

@@ -324,8 +324,43 @@ def test_template_que_nao_encerra_a_resposta_e_recusado_com_o_que_ele_escreve(to
 
     outro = copy.deepcopy(tokenizer)
     outro.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    with pytest.raises(ft.ErroDeUso, match=r"escreve '\\n' depois da resposta, sem um token especial"):
+    with pytest.raises(ft.ErroDeUso, match=r"escreve '\\nuser: ' depois da resposta, sem um token especial"):
         ft.achar_fim_de_turno(outro)
+
+
+@pytest.mark.parametrize("sempre", [False, True])  # o do GLM-4, e o do GLM-Edge, que abre a resposta mesmo sem ela
+def test_turno_que_so_se_fecha_onde_o_outro_comeca_acaba_nele(sempre: bool, tokenizer) -> None:  # noqa: ANN001
+    import copy
+
+    outro = copy.deepcopy(tokenizer)
+    outro.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
+    outro.chat_template += "{% if " + ("true" if sempre else "add_generation_prompt") + " %}{{ '<|assistant|>' }}"
+    outro.chat_template += "{% endif %}"
+    assert ft.achar_fim_de_turno(outro) == "<|user|>"
+
+
+def test_pensamento_aberto_com_outro_nome_tambem_se_fecha_no_prompt(tokenizer) -> None:  # noqa: ANN001
+    import copy
+
+    outro = copy.deepcopy(tokenizer)
+    outro.chat_template += "{% if add_generation_prompt %}{{ '<thought>\n' }}{% endif %}"
+    ft.fixar_template(outro)
+    assert ft.texto_do_prompt(outro, "oi").endswith("<|assistant|>\n<thought>\n\n</thought>\n\n")
+
+
+SEM_PERGUNTA = {
+    "{{ messages[0]['content'][0]['text'].x }}<|end|>": "não escreve uma pergunta e uma resposta",
+    "{{ tools | length + messages }}": "não escreve uma pergunta e uma resposta",
+    "{% for m in messages if m['role'] != 'user' %}{{ m['content'] }}<|end|>{% endfor %}": "não escreve a pergunta",
+}
+
+
+@pytest.mark.parametrize("template", SEM_PERGUNTA)
+def test_template_que_nao_escreve_a_pergunta_e_recusado_numa_frase(template: str, phi3: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(phi3, tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(ft.ErroDeUso, match=SEM_PERGUNTA[template]):
+        ft.carregar_tokenizer(base)
 
 
 def test_sem_token_especial_livre_o_pad_e_um_que_os_dados_nao_usam(tokenizer) -> None:  # noqa: ANN001
