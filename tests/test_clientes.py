@@ -294,7 +294,38 @@ def test_o_modelfile_escreve_as_perguntas_as_conversas_e_o_sistema_como_o_chat_t
         assert ollama(modelfile, conversa) == [escrever(tokenizer, sem_ela)], papeis
 
 
-def test_o_modelfile_vale_para_outros_templates_e_deixa_de_fora_o_que_nao_traduz(
+def escrever_falas(comeco: str) -> str:
+    """Um template que escreve `comeco`, uma expressão do Jinja, antes de cada pergunta, e ignora as outras falas."""
+    falas = "{% for m in messages %}{% if m['role'] == 'user' %}{{ " + comeco + " + m['content'] + '<|end|>[assistant]'"
+    return falas + " }}{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+
+
+# o que outros templates fazem com a mensagem de sistema, `s`
+COM_SISTEMA = {
+    "ignoram": escrever_falas("'[user]'"),
+    "poem_na_pergunta_como_o_do_gemma": escrever_falas("'[user]' + (s + ' ' if s and loop.index == 2 else '')"),
+    "separam_com_o_fim_do_cabecalho": escrever_falas("'[user]\\n' + (s + '\\n' if s and loop.index == 2 else '')"),
+    "poem_na_ultima_como_o_do_nemo": escrever_falas("'[user]' + (s + '\\n\\n' if s and loop.last else '')"),
+    "escrevem_sempre_o_cabecalho_como_o_do_llama": "{{ '[system]' + s + '<|end|>' }}" + escrever_falas("'[user]'"),
+    "tem_outra_como_o_do_smollm3": "{{ '[system]' + (s or 'Seja breve.') + '[/system]' }}" + escrever_falas("'[user]'"),
+}
+
+
+@pytest.mark.parametrize("nome", COM_SISTEMA)
+def test_o_modelfile_poe_a_mensagem_de_sistema_onde_o_chat_template_a_poe(
+    nome: str, phi3: Path, ollama: Callable[..., list[str]]
+) -> None:
+    from transformers import AutoTokenizer
+
+    outro = AutoTokenizer.from_pretrained(phi3)
+    outro.chat_template = "{% set s = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{{ '<s>' }}"
+    outro.chat_template += COM_SISTEMA[nome]
+    conversas = [*map(conversar, CONVERSAS.values())]
+    esperadas = [escrever(outro, conversa) for conversa in conversas]
+    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
+
+
+def test_o_modelfile_vale_sem_mensagem_de_sistema_e_deixa_de_fora_o_que_nao_se_traduz(
     phi3: Path, ollama: Callable[..., list[str]]
 ) -> None:
     from transformers import AutoTokenizer
@@ -306,54 +337,6 @@ def test_o_modelfile_vale_para_outros_templates_e_deixa_de_fora_o_que_nao_traduz
     modelfile = "\n".join(ft.traduzir_template(outro))
     assert ollama(modelfile, perguntar("oi")) == ["<s>[user]oi<|end|>[assistant]"]
     assert '"system"' not in modelfile
-    # o do Llama 3.1 escreve sempre o cabeçalho do sistema, com mensagem ou sem
-    outro.chat_template = "{{ '<s>[system]' }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
-    outro.chat_template += "{% set messages = messages[1:] %}{% endif %}{{ '<|end|>' }}{% for m in messages %}"
-    outro.chat_template += "{{ '[' + m['role'] + ']' + m['content'] + '<|end|>' }}{% endfor %}"
-    outro.chat_template += "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-    conversas = [*map(conversar, CONVERSAS.values())]
-    esperadas = [escrever(outro, conversa) for conversa in conversas]
-    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
-    # o do Mistral põe a mensagem do sistema dentro da pergunta
-    outro.chat_template = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]' + ("
-    outro.chat_template += (
-        "messages[0]['content'] + ' ' if messages[0]['role'] == 'system' and loop.index == 2 else '')"
-    )
-    outro.chat_template += " + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
-    outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
-    esperadas = [escrever(outro, conversa) for conversa in conversas]
-    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
-    # há quem separe do sistema a pergunta com o que também acaba o cabeçalho dela
-    outro.chat_template = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]\\n' + ("
-    outro.chat_template += (
-        "messages[0]['content'] + '\\n' if messages[0]['role'] == 'system' and loop.index == 2 else '')"
-    )
-    outro.chat_template += " + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
-    outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
-    esperadas = [escrever(outro, conversa) for conversa in conversas]
-    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
-    # e, como os do Mistral v0.3 e do Nemo, quem o ponha na última pergunta
-    outro.chat_template = "{% set s = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
-    outro.chat_template += "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]' + (s if loop.last"
-    outro.chat_template += " else '') + m['content'] + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}"
-    outro.chat_template += "{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
-    esperadas = [escrever(outro, conversa) for conversa in conversas]
-    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
-    # ou, como os do Mistral Small e do SmolLM3, traga outra mensagem de sistema quando não vem nenhuma
-    outro.chat_template = "{{ '<s>[system]' }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
-    outro.chat_template += (
-        "{% set messages = messages[1:] %}{% else %}{{ 'Responda bem.' }}{% endif %}{{ '[/system]' }}"
-    )
-    outro.chat_template += "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]' + m['content'] + '[/user]'"
-    outro.chat_template += " }}{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
-    esperadas = [escrever(outro, conversa) for conversa in conversas]
-    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
-    # e quem ignore o sistema
-    outro.chat_template = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[user]' + m['content']"
-    outro.chat_template += " + '<|end|>[assistant]' }}{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>' }}"
-    outro.chat_template += "{% endif %}{% endfor %}"
-    esperadas = [escrever(outro, conversa) for conversa in conversas]
-    assert ollama("\n".join(ft.traduzir_template(outro)), *conversas) == esperadas
     # o que não se pode dizer na linguagem do Ollama fica de fora, e ele usa o template que vai no GGUF
     outro.chat_template = turno + "{% if add_generation_prompt %}{{ '[' + messages | length | string }}{% endif %}"
     assert ft.traduzir_template(outro) == []
