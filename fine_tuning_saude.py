@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
 def executar(cfg: argparse.Namespace, registro: Registro) -> None:
     """As nove etapas: o que cada uma recebe e o que entrega à seguinte."""
     inicio, (processo, processos) = time.perf_counter(), processo_e_total()
-    if os.name == "nt":  # a máquina não dorme até este processo acabar
+    if os.name == "nt":  # a máquina não dorme sozinha até este processo acabar
         ctypes.windll.kernel32.SetThreadExecutionState(0x80000001)
     with registro.etapa(1, "Configuração"):
         if processos > 1:
@@ -591,7 +591,7 @@ TROCAS_DEMO = {
 }
 
 
-# as que aceitam um número com casas decimais
+# constantes que aceitam casas decimais; as outras de número são inteiras
 FRACIONARIAS = ("NUM_TRAIN_EPOCHS", "LEARNING_RATE", "FRACAO_VALIDACAO", "WARMUP_STEPS", "WEIGHT_DECAY")
 FRACIONARIAS += ("MAX_GRAD_NORM", "LORA_DROPOUT")
 
@@ -758,8 +758,8 @@ def conferir_llama_cpp() -> None:
     if b"AVX512 = 1" in llama_print_system_info() and torch.backends.cpu.get_cpu_capability() != "AVX512":
         raise ErroDeUso(
             "o llama-cpp-python instalado pede AVX-512, que este processador não tem: com um compilador C++ (no "
-            "Windows, o Visual Studio Build Tools), python -m pip install --force-reinstall --no-deps --no-binary "
-            f":all: llama-cpp-python=={metadata.version('llama-cpp-python')}"
+            "Windows, o Visual Studio Build Tools), python -m pip install --force-reinstall --no-cache-dir --no-deps "
+            f"--no-binary llama-cpp-python llama-cpp-python=={metadata.version('llama-cpp-python')}"
         )
 
 
@@ -1224,7 +1224,7 @@ def exigir_base_inteira(pasta: Path) -> Path:
         "*.gguf": "é um GGUF, que não se treina: use o modelo original, em safetensors",
         "*": "não tem config.json e pesos .safetensors: baixe-o de novo",
     }
-    if not arquivos or not config:
+    if not arquivos or not (pasta / "config.json").is_file():
         falta = next((dito for padrao, dito in especies.items() if any(pasta.glob(padrao))), "está vazia")
     elif "quantization_config" in config:
         falta = "já está quantizada, e o merge pede os pesos de 16 bits: use o modelo original"
@@ -1882,7 +1882,9 @@ def calculo_em_fp32(modelo: PreTrainedModel, se_passa: str) -> Iterator[None]:
 
     def para_fp32(camada: Any, entradas: Any) -> None:
         if isinstance(camada, torch.nn.Linear) and not entradas[0].abs().max() < MAIOR_FP16:
-            raise FalhaNaExecucao(f"há ativações além de {MAIOR_FP16}, que um GGUF de 16 bits não guarda: {se_passa}.")
+            raise FalhaNaExecucao(
+                f"há ativações além de {MAIOR_FP16}, que o llama.cpp não multiplica em 16 bits: {se_passa}."
+            )
         guardados.extend((peso, peso.data) for peso in camada.parameters(recurse=False))
         camada.float()
 
@@ -1970,9 +1972,8 @@ def provar_base(cfg: argparse.Namespace, dir_base: Path, gguf: Path, exemplo: di
             np.save(da_base := gguf.with_suffix(".npy"), next(logprobs(base, [exemplo])))
         del base  # antes que o llama.cpp abra outro tanto
         gc.collect()
-    outro = "faltou memória, ou o llama-cpp-python instalado foi feito para outro processador: reinstale-o, no Windows "
-    outro += "pela linha do README e no Linux com python -m pip install --force-reinstall --no-cache-dir --no-deps "
-    outro += f"llama-cpp-python=={metadata.version('llama-cpp-python')}"
+    outro = "faltou memória, ou o llama-cpp-python instalado foi feito para outro processador: reinstale-o com a linha "
+    outro += f"do README (no Linux, a de {REQUISITOS.name}) e mais --force-reinstall --no-cache-dir --no-deps"
     medida = em_outro_processo(provar_gguf, gguf, [exemplo], da_base, cfg, 1, se_cai=outro)
     da_base.unlink()
     exigir_fidelidade("f16", "o llama.cpp não calcula este modelo base como o PyTorch; escolha outro", medida)
@@ -2063,6 +2064,8 @@ def escrever_modelfile(servido: str, cfg: argparse.Namespace, tokenizer: PreTrai
 def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """O chat template na linguagem do Ollama: a instrução TEMPLATE, ou nada, se nela não se pode dizê-lo.
 
+    Sem ela, o Ollama usa o chat template do GGUF, ou um seu que ache parecido.
+
     A tradução sai do próprio template: renderiza conversas de sonda e lê o que ele escreve em volta de cada fala.
     """
     from jinja2 import TemplateError
@@ -2091,7 +2094,7 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         traduz = False
     tudo = "".join([inicio, *da_segunda, sistema or "", depois_do_sistema, no_meio or ""]) if traduz else ""
     if not traduz or "{{" in tudo or '"""' in tudo:
-        log.info("      o chat template não se traduz para o Modelfile: o Ollama usará o que vai no GGUF")
+        log.info("      o chat template não se traduz para o Modelfile: o Ollama usará o do GGUF, ou um parecido")
         return []
     ultima = "eq (len (slice $.Messages $i)) 1"
     depois_da_pergunta = antes_da_resposta
@@ -2293,10 +2296,10 @@ def escritor_de_prompts(modelo: Llama) -> Callable[[list[dict[str, str]]], tuple
 
 def abrir_gguf(gguf: Path, cfg: argparse.Namespace, n_ctx: int, **opcoes: Any) -> Llama:
     """O GGUF no llama.cpp, com contexto de `n_ctx` tokens e um fio por núcleo."""
+    calar_llama_cpp()
     import llama_cpp
     import psutil
 
-    calar_llama_cpp()
     nucleos = psutil.cpu_count(logical=False)
     comuns = dict(n_threads=nucleos, n_threads_batch=nucleos, seed=cfg.SEED, verbose=False)
     return llama_cpp.Llama(str(gguf), n_ctx=n_ctx, **comuns, **opcoes)
@@ -2442,7 +2445,7 @@ Com temperatura 0, que é como foi provado e o que o `Modelfile` já pede.
 - **llama.cpp**: `llama-cli -m {{ servido.arquivo }} --jinja -cnv --temp 0`
 - **LM Studio**: copie o `.gguf` para a pasta de modelos, em `saude/aps/`, e abra-o.
 {% for a in adaptador_gguf -%}
-- **Só o adaptador**, sobre uma base em GGUF (KL {{ n(a.kl, ".4f") }}): `llama-cli -m BASE.gguf --lora {{ a.arquivo }}`
+- **Só o adaptador** (KL {{ n(a.kl, ".4f") }}), sobre a base: `llama-cli --jinja -m BASE.gguf --lora {{ a.arquivo }}`
 {% endfor %}
 ## Como foi treinado
 
@@ -2703,9 +2706,9 @@ class Registro:
         restos = self.saida / "checkpoints"
         if recomecar:
             for resto in [*checkpoints(restos), *restos.glob("prova")]:
-                shutil.rmtree(resto)
+                insistir(shutil.rmtree, resto)
                 log.info("      recomeçando: %s apagado", resto)
-            if "gguf" in anterior:  # com que se conversa até que o novo esteja pronto
+            if "gguf" in anterior:  # com que se conversa, no contexto de agora, até que o novo esteja pronto
                 self.campos["gguf"] = anterior["gguf"]
         elif "sha256_dados" not in anterior:
             if checkpoints(restos):
@@ -2800,7 +2803,7 @@ def achar_checkpoint(pasta: Path) -> str | None:
             log.info("      continuando de %s", checkpoint.name)
             return str(checkpoint)
         log.info("      %s não está inteiro: apagado", checkpoint.name)
-        shutil.rmtree(checkpoint)
+        insistir(shutil.rmtree, checkpoint)
     return None
 
 
@@ -2847,12 +2850,17 @@ def pasta_inteira(destino: Path) -> Iterator[Path]:
         selar(provisoria)
         if destino.exists():
             insistir(os.replace, destino, ao_lado / "anterior")
-        insistir(os.replace, provisoria, destino)
+        try:
+            insistir(os.replace, provisoria, destino)
+        except BaseException:
+            if (ao_lado / "anterior").exists():
+                os.replace(ao_lado / "anterior", destino)
+            raise
 
 
 @contextlib.contextmanager
 def pasta_parcial(onde: Path, nome: str) -> Iterator[Path]:
-    """Uma pasta nova em `onde`, que some no fim; o que sobrar de uma execução morta, a seguinte apaga.
+    """Uma pasta nova em `onde`, que some no fim; a que sobrar em DIR_SAIDA de uma execução morta, a seguinte apaga.
 
     A de `tempfile` não serve: no Windows só quem a fez a lê, e a permissão vai com o que dela sai.
     """
@@ -2894,7 +2902,7 @@ def gravar_inteiro(arquivo: Path, texto: str) -> None:
 
 
 def insistir(fazer: Any, *args: Any) -> Any:
-    """`fazer(*args)`, que no Windows espera, por um minuto, o antivírus largar o que acabou de ser escrito."""
+    """`fazer(*args)`, que espera, por um minuto, outro programa (no Windows, o antivírus) largar o arquivo."""
     for espera in (0.2, 1, *[5] * 12):
         with contextlib.suppress(PermissionError):
             return fazer(*args)
@@ -3062,8 +3070,8 @@ def acalmar_bibliotecas() -> None:
     calar_llama_cpp()
 
 
-@functools.cache  # o llama.cpp guarda o ponteiro da função, que por isso não pode ser recolhida
-def calar_llama_cpp() -> Any:
+@functools.cache
+def calar_llama_cpp() -> None:
     """Tira do terminal o que o llama.cpp escreve, que `verbose=False` só tira em parte."""
     try:
         import llama_cpp
@@ -3072,8 +3080,7 @@ def calar_llama_cpp() -> Any:
         raise ErroDeUso(f"o llama-cpp-python instalado não carrega ({erro}): falta-lhe algo; {falta}.") from erro
     # uma função de C que não faz nada: numa de Python, um Ctrl-C que chegasse se perderia
     nada = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
-    llama_cpp.llama_log_set(silencio := llama_cpp.llama_log_callback(nada), None)
-    return silencio
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(nada), None)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """O que os testes dividem: o programa executado como um usuário o executa, e modelos minúsculos para ele."""
 
 import atexit
+import contextlib
 import hashlib
 import json
 import multiprocessing.spawn
@@ -234,8 +235,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def demonstracao_ao_lado(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, subprocess.Popen] | None]:
-    """`python fine_tuning_saude.py --demo`, que é o mais longo: começa antes de todos e vai, com um fio, ao lado deles.
+) -> Iterator[tuple[Path, subprocess.Popen] | Exception | None]:
+    """`python fine_tuning_saude.py --demo`, o mais longo: começa antes dos testes e vai ao lado deles.
 
     Executa sem rede, com o que ela baixa já na máquina. Dá a pasta de saída e o processo, se algum teste os pede.
     """
@@ -248,20 +249,28 @@ def demonstracao_ao_lado(
     saida = pasta / "saida"
     opcoes = ["--demo", "--dir-saida", str(saida), "--dir-llama-cpp", str(RAIZ / "llama.cpp")]
     cfg = ft.ler_opcoes(opcoes)
-    ft.garantir_llama_cpp(cfg)
-    ft.preparar_modelo_demo(cfg)
+    try:
+        ft.garantir_llama_cpp(cfg)
+        ft.preparar_modelo_demo(cfg)
+    except ft.ErroDeUso as sem_rede:  # só falham os testes que a pedem
+        yield sem_rede
+        return
     (pasta / "sitecustomize.py").write_text(SEM_REDE)
     ambiente = {"PYTHONPATH": str(pasta), "TENTATIVAS_DE_REDE": str(pasta / "tentativas.txt"), "OMP_NUM_THREADS": "1"}
     with (pasta / "dito.txt").open("w") as dito:
-        comando, opcoes_do_processo = [sys.executable, PROGRAMA, *opcoes], dict(stdout=dito, stderr=dito, cwd=RAIZ)
-        processo = subprocess.Popen(comando, env={**os.environ, **ambiente}, **opcoes_do_processo)
+        comando, abertos = [sys.executable, PROGRAMA, *opcoes], dict(stdout=dito, stderr=dito, cwd=RAIZ)
+        processo = subprocess.Popen(comando, env={**os.environ, **ambiente}, start_new_session=True, **abertos)
     yield saida, processo
-    processo.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(processo.pid, signal.SIGKILL)
+    processo.wait()
 
 
 @pytest.fixture(scope="session")
-def demonstracao(demonstracao_ao_lado: tuple[Path, subprocess.Popen]) -> tuple[Path, dict]:
+def demonstracao(demonstracao_ao_lado: tuple[Path, subprocess.Popen] | Exception) -> tuple[Path, dict]:
     """A pasta de saída e o registro da demonstração (`demonstracao_ao_lado`), que tem de terminar bem."""
+    if isinstance(demonstracao_ao_lado, Exception):
+        raise demonstracao_ao_lado
     saida, processo = demonstracao_ao_lado
     assert processo.wait() == 0, (saida.parent / "dito.txt").read_text(encoding="utf-8")
     return saida, json.loads((saida / "execucao.json").read_text(encoding="utf-8"))

@@ -337,7 +337,7 @@ def test_o_modelfile_vale_sem_mensagem_de_sistema_e_deixa_de_fora_o_que_nao_se_t
     modelfile = "\n".join(ft.traduzir_template(outro))
     assert ollama(modelfile, perguntar("oi")) == ["<s>[user]oi<|end|>[assistant]"]
     assert '"system"' not in modelfile
-    # o que não se pode dizer na linguagem do Ollama fica de fora, e ele usa o template que vai no GGUF
+    # o que não se pode dizer na linguagem do Ollama fica de fora, e ele usa o template do GGUF, ou um parecido
     outro.chat_template = turno + "{% if add_generation_prompt %}{{ '[' + messages | length | string }}{% endif %}"
     assert ft.traduzir_template(outro) == []
     assert "TEMPLATE" not in ft.escrever_modelfile("x.gguf", ft.ler_opcoes([]), outro)

@@ -539,7 +539,10 @@ def test_llama_cpp_feito_para_outro_processador_ou_que_nao_carrega_e_dito_antes_
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     ft.conferir_llama_cpp()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with pytest.raises(ft.ErroDeUso, match=r"pede AVX-512, que este processador não tem.*--no-binary"):
+    with pytest.raises(
+        ft.ErroDeUso,
+        match=r"pede AVX-512.*--no-cache-dir .*--no-binary llama-cpp-python llama-cpp-python==0",
+    ):
         ft.conferir_llama_cpp()
 
     class Estragada(importlib.abc.MetaPathFinder):
