@@ -1317,7 +1317,8 @@ def estimar_memoria(cfg: argparse.Namespace, config: Any, dispositivo: str) -> t
         juntas, k, v = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
         if dispositivo == "cpu":  # por extenso, guarda q, k, v e as probabilidades, se cada exemplo tem uns 256 tokens
             saida = juntas * k + v.square() + (juntas[..., :1] * q.new_ones(256)).exp().sum(-1, keepdim=True)
-        else:  # guarda q, k, v e a saída
+        else:  # guarda q, k, v, estes uma vez para cada cabeça, e a saída
+            k, v = (tensor.expand_as(juntas).contiguous() if juntas.shape[2] > 1 else tensor for tensor in (k, v))
             saida = juntas * k * v
         return saida.flatten(1, 2).transpose(1, 2).contiguous(), None
 
@@ -1570,7 +1571,9 @@ def atencao_por_exemplo(
             notas = torch.baddbmm(vista, q_juntas, k[0].mT, alpha=scaling)
             return torch.bmm(notas.softmax(-1), v[0]).view_as(q)
         q, k, v = (q.float(), k.float(), v.float()) if na_cpu else (q, k, v)
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grupos < q.shape[1])
+        # das atenções fundidas só a flash, que falta ao torch do Windows, aceita cabeças que dividem a mesma chave
+        k, v = (tensor.repeat_interleave(q.shape[1] // grupos, dim=1) for tensor in (k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
 
     partes = zip(*(tensor.split(tamanhos, dim=2) for tensor in (query, key, value)), strict=True)
     with torch.autocast("cpu", enabled=False):

@@ -90,7 +90,9 @@ def main() -> None:
 
     ft.acalmar_bibliotecas()
     cfg = ft.ler_opcoes([])
-    print("| base | licença | parâmetros | arquivo servido | treino em GPU | CPU com bf16 | CPU sem bf16 | merge |")
+    colunas = ["base", "licença", "parâmetros", "arquivo servido", "memória da placa"]
+    colunas += ["RAM, CPU com bf16", "RAM, CPU sem bf16", "RAM do merge"]
+    print(f"| {' | '.join(colunas)} |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for nome, (config, licenca) in formas().items():
         treinos = []

@@ -451,5 +451,7 @@ def test_llama_cpp_feito_para_outro_processador_e_dito_antes_do_treino(
     phi3: Path, exemplos: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ft, "provar_gguf", derrubar_com_tudo)
-    with pytest.raises(ft.FalhaNaExecucao, match=r"feito para outro processador: reinstale-o com a linha do README.*--force-reinstall"):
+    with pytest.raises(
+        ft.FalhaNaExecucao, match=r"feito para outro processador: reinstale-o com a linha do README.*--force-reinstall"
+    ):
         ft.provar_base(ft.ler_opcoes([]), phi3, tmp_path / "base.gguf", exemplos[0])
