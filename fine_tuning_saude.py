@@ -29,6 +29,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -804,6 +805,8 @@ def experimentar(o_que: str, dispositivo: str, optim: str, taxa: str) -> None:
     entrada = torch.ones(64, 64, **opcoes)
     if o_que == "multiplicar matrizes":
         (entrada @ entrada).sum().item()
+        q = torch.ones(1, 2, 64, 96, **opcoes)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
     elif o_que == "treinar uma camada de 4 bits":
         from bitsandbytes.nn import LinearNF4
 
@@ -819,6 +822,7 @@ def experimentar(o_que: str, dispositivo: str, optim: str, taxa: str) -> None:
         otimizador = classe([peso], **dele)
         get_scheduler(taxa, otimizador, num_warmup_steps=1, num_training_steps=2)
         otimizador.step()
+        torch.save(otimizador.state_dict(), io.BytesIO())  # como num checkpoint: a CPU lê o que está paginado
         peso.sum().item()
 
 

@@ -265,6 +265,8 @@ QUEBRADA = {
     ),
     "bitsandbytes": ("bitsandbytes.nn.LinearNF4.forward", "libbitsandbytes_cuda130.dll", "--no-deps bitsandbytes=="),
     "otimizador": ("torch.optim.AdamW.step", "sem isto nesta placa", "mude OPTIM"),
+    "atencao": ("torch.nn.functional.scaled_dot_product_attention", "no kernel found", "instale o torch pela linha"),
+    "estado_paginado": ("torch.save", "a CPU não lê esta memória", "mude OPTIM"),
 }
 
 
