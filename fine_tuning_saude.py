@@ -643,9 +643,8 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     positivas += ["MAX_NEW_TOKENS", "MAX_TOKENS_POR_LINHA", "FRACAO_VALIDACAO"]
     for nome in podem_ser_zero + positivas:
         valor, zero, inteiro = getattr(cfg, nome), nome in podem_ser_zero, nome not in FRACIONARIAS
-        if not isinstance(valor, int if inteiro else int | float) or not (
-            0 < valor < math.inf or (zero and valor == 0)
-        ):
+        do_tipo = isinstance(valor, int if inteiro else int | float)
+        if not do_tipo or not (0 < valor < math.inf or (zero and valor == 0)):
             numero = "um inteiro" if inteiro else "um número"
             parser.error(f"{nome} deve ser {numero} maior que zero{', ou zero,' if zero else ','} e é {valor!r}")
     if cfg.MAX_TOKENS_POR_LINHA < cfg.MAX_LENGTH:
@@ -2060,7 +2059,7 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustes: dict[str, Any], impo
 
 
 def escrever_modelfile(servido: str, cfg: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
-    """O Modelfile do Ollama. Sem TEMPLATE, o Ollama usa o chat template que vai no próprio GGUF."""
+    """O Modelfile do Ollama, com o TEMPLATE que `traduzir_template` dá, se dá algum."""
     # temperatura zero: a resposta mais provável, que é a que foi provada
     instrucoes = [f"FROM ./{servido}", f"PARAMETER num_ctx {cfg.MAX_LENGTH}", "PARAMETER temperature 0"]
     instrucoes += traduzir_template(tokenizer)
