@@ -1811,8 +1811,9 @@ def perda_em_pedacos(modelo: PreTrainedModel) -> Iterator[Any]:
     """Troca a perda de `modelo` por uma que projeta no vocabulário TOKENS_POR_PEDACO respostas de cada vez.
 
     Os logits de uma linha inteira, em fp32, e os seus gradientes seriam o maior tensor do treino. Aqui o gradiente de
-    cada pedaço é calculado já na ida (como no Liger, arXiv:2410.10989), e só ele fica. Dá a função que o `Trainer` usa
-    na validação: (saída do modelo, rótulos) → log-verossimilhança negativa de cada token, em nats, (1, tokens).
+    cada pedaço é calculado já na ida (como no Liger, arXiv:2410.10989), e só ele fica. O `linear_cross_entropy` do
+    PyTorch 2.13 faz o mesmo, mais devagar e com a perda arredondada em 16 bits. Dá a função que o `Trainer` usa na
+    validação: (saída do modelo, rótulos) → log-verossimilhança negativa de cada token, em nats, (1, tokens).
     """
     import torch
 
