@@ -9,7 +9,7 @@ LM Studio, em nove etapas: (1) configuração, (2) quantização em 4 bits, (3) 
 (4) LoRA, (5) dados, (6) argumentos de treino, (7) treinamento, (8) merge, (9) GGUF.
 
 Para outra execução, mude as constantes abaixo ou use a opção de mesmo nome (NUM_TRAIN_EPOCHS é
---num-train-epochs). Código de saída: 0 pronto, 1 falha na execução, 2 algo a corrigir por quem executa.
+--num-train-epochs). Código de saída: 0 pronto, 1 falha na execução, 2 algo a corrigir por quem executa, 130 Ctrl-C.
 
 O arquivo tem dois andares. No de cima, até a etapa 9, está a execução inteira, na ordem em que acontece. No de baixo
 ficam as salas, na ordem das etapas; procure `# ---` e o nome: opções e conferência · portão dos dados · o que vem de
@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # os pacotes pesados só são importados depois das verifica�
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-# O programa lê este bloco: cada constante numa linha, com o seu comentário; o título diz o que acontece se ela muda.
+# O programa lê este bloco: cada constante começa uma linha; o título do grupo diz o que acontece se ela muda.
 # lugar e diário: pode mudar, e a execução interrompida continua (dos dados e do modelo base vale o conteúdo)
 MODELO_BASE = "microsoft/Phi-3-mini-4k-instruct"  # nome no Hugging Face Hub ou pasta local
 REVISAO_MODELO_BASE = "0a67737cc96d2554230f90338b163bc6380a2a85"  # commit no Hub; vazio: o mais recente
@@ -135,14 +135,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         erro, codigo = "interrompido por quem executa", 130
-        erro += "" if conversa else "; execute de novo para continuar do último checkpoint"
+        erro += "" if conversa else "; execute de novo, que continua de onde parou"
     except (ErroDeUso, FalhaNaExecucao) as problema:
         erro, codigo = str(problema), 2 if isinstance(problema, ErroDeUso) else 1
     except Exception as problema:
         if not (explicacao := explicar(problema)):
             raise
         erro, codigo = explicacao, 1
-    if cfg.RECOMECAR and codigo != 2:
+    if cfg.RECOMECAR and codigo != 2 and registro.campos["etapas"]:  # os checkpoints de antes já se apagaram
         erro += " (sem --recomecar, que treinaria do início)"
     registro.falhar(erro)
     return codigo
@@ -267,7 +267,7 @@ def etapa_3_modelo(
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     tokenizer, dispositivo = carregar_tokenizer(preparo.dir_base), preparo.dispositivo
-    # com pad igual ao eos, mascarar o preenchimento mascararia também o fim da resposta, e o modelo nunca pararia
+    # aqui nada é preenchido; mas quem treinasse de novo o modelo final, com pad igual ao eos, mascararia o fim de turno
     tokenizer.pad_token = escolher_pad(tokenizer, preparo.pares)
     tokenizer.padding_side = "right"
     if not treinar:
@@ -472,8 +472,8 @@ def etapa_8_merge(
             dir_base, dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True
         )
         com_adaptador, medidas = PeftModel.from_pretrained(base, saida / "adaptador_lora", torch_device="cpu"), []
-        divergiu = "o treino divergiu; baixe LEARNING_RATE ou NUM_TRAIN_EPOCHS e execute com --recomecar"
-        with calculo_em_fp32(base, divergiu), (provisoria / "logprobs.npy").open("wb") as arquivo:
+        divergiu = "em geral, o treino divergiu; baixe LEARNING_RATE ou NUM_TRAIN_EPOCHS e execute com --recomecar"
+        with calculo_em_fp32(divergiu), (provisoria / "logprobs.npy").open("wb") as arquivo:
             da_soma = list(logprobs(com_adaptador, exemplos_prova[:PROVAS_EXATAS]))
             modelo = com_adaptador.merge_and_unload()
             da_fusao = logprobs(modelo, exemplos_prova)
@@ -483,7 +483,7 @@ def etapa_8_merge(
                     medidas.append(comparar_logprobs(certa, obtida, exemplo))
         # a média dos quadrados das entradas não pede fp32, que só numa CPU sem bf16 é o mais rápido
         em_bf16 = tipo_de_calculo("cpu") == torch.bfloat16
-        with contextlib.nullcontext() if em_bf16 else calculo_em_fp32(base, divergiu):
+        with contextlib.nullcontext() if em_bf16 else calculo_em_fp32(divergiu):
             np.savez(provisoria / "importancia.npz", **medir_importancia(modelo, amostra))
         perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
         exigir_fidelidade("merge", perdido, juntar_medidas(medidas))
@@ -528,24 +528,25 @@ def etapa_9_gguf(
     arquivos, do_adaptador = [], []
     do_final = saida / "checkpoints" / "prova" / "logprobs.npy"
     importancia = dict(np.load(do_final.with_name("importancia.npz")))
+    provar = functools.partial(em_outro_processo, provar_gguf, do_final=do_final, cfg=cfg)
+    provas_exatas, todos = exemplos_prova[:PROVAS_EXATAS], len(exemplos_prova)
     # o que não passa na prova fica nesta pasta, que some; só o provado toma o nome que quem executa conhece
     with pasta_parcial(saida, "gguf") as pasta:
         f16, base = pasta / "f16.gguf", pasta / "base.gguf"
         converter([sys.executable, preparo.conversor, saida / "modelo_final", "--outfile", f16, "--outtype", "f16"])
-        medida = em_outro_processo(provar_gguf, f16, exemplos_prova[:PROVAS_EXATAS], do_final, cfg, 0)
-        exigir_fidelidade("f16", "o GGUF de 16 bits não é o modelo final; apague a pasta do llama.cpp e repita", medida)
+        errado = "o GGUF de 16 bits não é o modelo final; execute de novo, que o converte outra vez"
+        exigir_fidelidade("f16", errado, provar(f16, provas_exatas))
         # a base no mesmo tipo do arquivo servido: a diferença entre os dois é só o que o treino ensinou
         quantizar(preparo.gguf_base, base, tipos[-1], preparo.ajustes, importancia)
-        prompts_do_dia = [prompt_e_ids(tokenizer, pergunta)[1] for pergunta in PERGUNTAS_DO_DIA]
-        do_dia, todos = em_outro_processo(responder_do_dia, base, cfg, prompts_do_dia), len(exemplos_prova)
-        antes = em_outro_processo(provar_gguf, base, exemplos_prova, do_final, cfg, todos, do_dia=do_dia)
+        prompts = [prompt_e_ids(tokenizer, pergunta)[1] for pergunta in OUTROS_ASSUNTOS]
+        outros_assuntos = em_outro_processo(responder_outros_assuntos, base, cfg, prompts)
+        antes = provar(base, exemplos_prova, gerar=todos, outros_assuntos=outros_assuntos)
         for tipo in tipos:
             nome = "novo_modelo.gguf" if not arquivos else f"novo_modelo-{tipo}.gguf"
             quantizar(f16, arquivo := pasta / nome, tipo, preparo.ajustes, importancia)
             servido = len(arquivos) + 1 == len(tipos)
-            opcoes = dict(gerar=todos, do_dia=do_dia) if servido else dict(gerar=1)
-            opcoes["conferidos"] = conferidos
-            medida = em_outro_processo(provar_gguf, arquivo, exemplos_prova, do_final, cfg, **opcoes)
+            opcoes = dict(gerar=todos, outros_assuntos=outros_assuntos) if servido else dict(gerar=1)
+            medida = provar(arquivo, exemplos_prova, conferidos=conferidos, **opcoes)
             perdeu = f"{nome} perdeu demais na quantização; ponha em QUANTIZACOES_GGUF um tipo maior, como q5_k_m"
             exigir_fidelidade(tipo, perdeu, medida)
             sobre = {"arquivo": nome, "tipo": tipo, "bytes": arquivo.stat().st_size, "sha256": sha256(arquivo)}
@@ -554,11 +555,9 @@ def etapa_9_gguf(
             lora, de_lora = pasta / "novo_modelo-adaptador.gguf", preparo.conversor.with_name("convert_lora_to_gguf.py")
             comando = [sys.executable, de_lora, saida / "adaptador_lora", "--outfile", lora, "--outtype", "f16"]
             converter([*comando, "--base", preparo.dir_base])
-            provas = exemplos_prova[:PROVAS_EXATAS]
-            medida = em_outro_processo(provar_gguf, preparo.gguf_base, provas, do_final, cfg, 0, adaptador=str(lora))
-            exigir_fidelidade(
-                "adaptador", f"a base com {lora.name} não é o modelo final; use ADAPTADOR_GGUF False", medida
-            )
+            medida = provar(preparo.gguf_base, provas_exatas, adaptador=str(lora))
+            errado = f"a base com {lora.name} não é o modelo final; use ADAPTADOR_GGUF False"
+            exigir_fidelidade("adaptador", errado, medida)
             do_adaptador.append({"arquivo": lora.name, "sha256": sha256(lora), "kl": medida["kl"]})
         for antigo in saida.glob("novo_modelo*.gguf"):
             insistir(os.replace, antigo, pasta / f"antigo-{antigo.name}")
@@ -585,7 +584,6 @@ TROCAS_DEMO = {
     "LEARNING_RATE": 2e-3,
     "SAVE_STEPS": 16,
     "LOGGING_STEPS": 4,
-    "TREINAR_NA_CPU": True,
     "EXEMPLOS_IMATRIX": 12,
     "EXEMPLOS_PROVA": 10,
     "MAX_NEW_TOKENS": 40,
@@ -641,26 +639,23 @@ def ler_opcoes(argv: list[str] | None) -> argparse.Namespace:
     positivas = ["MAX_LENGTH", "NUM_TRAIN_EPOCHS", "LORA_R", "LORA_ALPHA", "LEARNING_RATE", "LOGGING_STEPS"]
     positivas += ["GRADIENT_ACCUMULATION_STEPS", "PER_DEVICE_TRAIN_BATCH_SIZE", "SAVE_STEPS", "EXEMPLOS_PROVA"]
     positivas += ["MAX_NEW_TOKENS", "MAX_TOKENS_POR_LINHA", "FRACAO_VALIDACAO"]
+    limites = {"FRACAO_VALIDACAO": 1, "SEED": 2**32}
     for nome in podem_ser_zero + positivas:
         valor, zero, inteiro = getattr(cfg, nome), nome in podem_ser_zero, nome not in FRACIONARIAS
-        do_tipo = isinstance(valor, int if inteiro else int | float)
-        if not do_tipo or not (0 < valor < math.inf or (zero and valor == 0)):
-            numero = "um inteiro" if inteiro else "um número"
-            parser.error(f"{nome} deve ser {numero} maior que zero{', ou zero,' if zero else ','} e é {valor!r}")
+        do_tipo, limite = isinstance(valor, int if inteiro else int | float), limites.get(nome, math.inf)
+        if not do_tipo or not (0 < valor < limite or (zero and valor == 0)):
+            numero, ou_zero = "um inteiro" if inteiro else "um número", ", ou zero" if zero else ""
+            menor = f" e menor que {limite}" if nome in limites else ""
+            parser.error(f"{nome} deve ser {numero} maior que zero{menor}{ou_zero}, e é {valor!r}")
+    for nome, valem in {"GRADIENT_CHECKPOINTING": "sim, nao, auto", "REPORT_TO": "none, tensorboard, wandb"}.items():
+        if getattr(cfg, nome) not in valem.split(", "):
+            parser.error(f"{nome} é um destes ({valem}), e está {getattr(cfg, nome)}")
     if cfg.MAX_TOKENS_POR_LINHA < cfg.MAX_LENGTH:
         parser.error(f"MAX_TOKENS_POR_LINHA ({cfg.MAX_TOKENS_POR_LINHA}) é menor que MAX_LENGTH ({cfg.MAX_LENGTH})")
     if not cfg.QUANTIZACOES_GGUF:
         parser.error("QUANTIZACOES_GGUF precisa de ao menos um tipo, como q8_0")
-    if cfg.GRADIENT_CHECKPOINTING not in ("sim", "nao", "auto"):
-        parser.error(f"GRADIENT_CHECKPOINTING é sim, nao ou auto, e está {cfg.GRADIENT_CHECKPOINTING}")
-    if cfg.REPORT_TO not in ("none", "tensorboard", "wandb"):
-        parser.error(f"REPORT_TO é none, tensorboard ou wandb, e está {cfg.REPORT_TO}")
-    if cfg.SEED >= 2**32:
-        parser.error(f"SEED deve ficar entre 0 e 4294967295, e é {cfg.SEED}")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", str(cfg.MAX_SHARD_SIZE).upper()):
         parser.error(f"MAX_SHARD_SIZE é um tamanho como 1GB ou 500MB, e está {cfg.MAX_SHARD_SIZE}")
-    if cfg.FRACAO_VALIDACAO >= 1:
-        parser.error(f"FRACAO_VALIDACAO deve ficar entre 0 e 1, e é {cfg.FRACAO_VALIDACAO}")
     return cfg
 
 
@@ -668,7 +663,7 @@ def ler_constantes() -> list[tuple[str, str, str]]:
     """(grupo, nome, explicação) de cada constante do bloco do alto, na ordem em que está; o grupo é o título dele."""
     bloco = Path(__file__).read_text(encoding="utf-8").partition("\ndef main(")[0]
     grupo, constantes = "", []
-    for titulo, nome, explicacao in re.findall(r"^(?:# (.+)|([A-Z][A-Z0-9_]+) = .+?  # (.+))$", bloco, re.M):
+    for titulo, nome, explicacao in re.findall(r"^(?:# (.+)|([A-Z][A-Z0-9_]+) = .+?(?: +# (.+))?)$", bloco, re.M):
         grupo = titulo or grupo
         if nome:
             constantes.append((grupo, nome, explicacao))
@@ -736,7 +731,7 @@ def escolher_dispositivo(cfg: argparse.Namespace) -> str:
         tem_gpu = torch.cuda.is_available()
     if tem_gpu and not cfg.DEMO:
         return "cuda"
-    if cfg.TREINAR_NA_CPU:
+    if cfg.TREINAR_NA_CPU or cfg.DEMO:
         return "cpu"
     if any("driver on your system is too old" in str(aviso.message) for aviso in avisos):
         raise ErroDeUso(
@@ -751,7 +746,7 @@ def escolher_dispositivo(cfg: argparse.Namespace) -> str:
 
 
 def conferir_llama_cpp() -> None:
-    """Exige que o llama-cpp-python instalado não peça instruções que este processador não tem."""
+    """Exige que o llama-cpp-python instalado não peça AVX-512 a um processador que não o tem."""
     import torch
     from llama_cpp import llama_print_system_info
 
@@ -785,6 +780,8 @@ def conferir_dispositivo(cfg: argparse.Namespace, dispositivo: str, a_parte: boo
             except BrokenProcessPool:
                 motivo = "o processo que tentou foi encerrado"
             except Exception as erro:  # cada biblioteca falha a seu modo
+                if re.search(SINAIS_DE_POUCA_MEMORIA, f"{type(erro).__name__} {erro}"):
+                    raise
                 motivo = f"{type(erro).__name__}: {str(erro).strip().partition(chr(10))[0][:200]}"
             maquina = descrever_maquina(dispositivo)
             raise ErroDeUso(f"nesta máquina ({maquina}) não funciona {o_que} ({motivo}): {remedio}.")
@@ -1178,15 +1175,15 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
         if pasta.resolve().is_relative_to(Path(cfg.DIR_SAIDA).resolve()):
             raise ErroDeUso(f"o modelo base ({pasta}) está dentro de DIR_SAIDA, e seria apagado: mude um dos dois.")
         return exigir_base_inteira(pasta)
-    import requests
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub.utils import get_session
 
     sem_rede = False  # então vale o que já foi baixado; perguntado sem rede, o huggingface_hub insiste por 25 s
     try:
-        requests.head(constants.ENDPOINT, timeout=4)
-    except requests.RequestException as erro:
-        sem_rede = isinstance(erro, requests.ConnectionError) and not isinstance(erro, requests.Timeout)
+        get_session().head(constants.ENDPOINT, timeout=4)  # o cliente com que ele baixa: confia no que ele confia
+    except Exception as erro:
+        sem_rede = type(erro).__name__ == "ConnectError"
     arquivos = ["config.json"] if so_config else list(ARQUIVOS_DA_BASE)
     opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=arquivos, local_files_only=sem_rede)
     try:
@@ -1260,8 +1257,8 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     except (ValueError, KeyError, AttributeError, RuntimeError) as erro:
         tipo = json.loads((dir_base / "config.json").read_bytes()).get("model_type")
         raise ErroDeUso(
-            f"{dir_base} não é um modelo de linguagem que este programa treine (o config.json diz {tipo!r}): use um "
-            "que o transformers instalado conheça sem código próprio."
+            f"{dir_base} não é um modelo de linguagem que este programa treine (o config.json diz {tipo!r}, e deu "
+            f"{type(erro).__name__}: {str(erro)[:80]}): use um que o transformers instalado conheça sem código próprio."
         ) from erro
     ram, saida = psutil.virtual_memory(), Path(cfg.DIR_SAIDA)
     na_maquina = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processos que dividem a RAM
@@ -1285,11 +1282,13 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     treinado = not cfg.RECOMECAR and (saida / "adaptador_lora" / SOMAS).is_file()
     if 0.9 * memoria[recalculadas] > livre and not treinado:  # a estimativa pode errar por 10 %
         problemas.append(
-            f"o treino pede cerca de {memoria[recalculadas] / GiB:.1f} GiB de memória e há {livre / GiB:.1f} livres: "
-            "feche outros programas, ou baixe MAX_TOKENS_POR_LINHA e LORA_R."
+            f"o treino pede cerca de {memoria[recalculadas] / GiB:.1f} GiB de memória ({memoria[-1] / GiB:.1f} com "
+            f"GRADIENT_CHECKPOINTING sim) e há {livre / GiB:.1f} livres: feche outros programas, use uma base menor (o "
+            "README diz qual cabe) ou baixe MAX_TOKENS_POR_LINHA, que poupa menos."
         )
     if (do_merge := RAM_DO_MERGE * em_16_bits) > ram.total:
-        problemas.append(f"o merge pede {do_merge / GiB:.1f} GiB de RAM e há {ram.total / GiB:.1f}.")
+        ha = f"há {ram.total / GiB:.1f}: use uma base menor, ou outra máquina"
+        problemas.append(f"o merge pede {do_merge / GiB:.1f} GiB de RAM e {ha}.")
     if escreve - (0 if cfg.RECOMECAR else sum(escritos)) > disco:
         problemas.append(
             f"a execução escreve até {escreve / 1e9:.1f} GB e o disco de {saida} só tem {disco / 1e9:.1f} livres: "
@@ -1529,26 +1528,27 @@ def conferir_alvos(alvos: str | list[str], modelo: PreTrainedModel) -> list[str]
     if alvos.lower() == "all-linear":
         return alvos
     cabeca = modelo.get_output_embeddings()
-    presa = cabeca is not None and cabeca.weight is modelo.get_input_embeddings().weight  # somar nela mudaria a entrada
-    lineares = [n for n, c in modelo.named_modules() if isinstance(c, torch.nn.Linear) and not (presa and c is cabeca)]
-    if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", alvos):
-        escolha = [nome.strip() for nome in alvos.split(",")]
-        faltam = [nome for nome in escolha if not any(f".{linear}".endswith(f".{nome}") for linear in lineares)]
-    else:  # uma expressão regular, que o PEFT casa com o nome inteiro
-        escolha = alvos
+    presa = cabeca.weight is modelo.get_input_embeddings().weight  # somar nela mudaria a entrada
+    lineares = {n for n, c in modelo.named_modules() if isinstance(c, torch.nn.Linear) and not (presa and c is cabeca)}
+    lista = re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", alvos)  # senão, é uma expressão regular
+    nomes = [nome.strip() for nome in alvos.split(",")] if lista else [alvos]
+    faltam = []
+    for nome in nomes:
+        padrao = rf"(.*\.)?{re.escape(nome)}" if lista else nome  # o PEFT casa a expressão com o nome inteiro
         try:
-            achados = {nome for nome, _ in modelo.named_modules() if re.fullmatch(alvos, nome)}
+            achados = {camada for camada, _ in modelo.named_modules() if re.fullmatch(padrao, camada)}
         except re.error:
             raise ErroDeUso(
                 f"LORA_TARGET_MODULES ({alvos}) não é uma lista de nomes nem uma expressão regular."
             ) from None
-        faltam = sorted(achados - {*lineares})[:3] if achados else [alvos]
+        if not achados or achados - lineares:
+            faltam.append(nome if lista else min(achados - lineares, default=nome))
     if faltam:
         ha = ", ".join(sorted({linear.rpartition(".")[2] for linear in lineares}))
         raise ErroDeUso(
             f"LORA_TARGET_MODULES traz {', '.join(faltam)}, e as camadas lineares deste modelo base são {ha}."
         )
-    return escolha
+    return nomes if lista else alvos
 
 
 def atencao_por_exemplo(
@@ -1878,36 +1878,35 @@ PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam pou
 
 
 @contextlib.contextmanager
-def calculo_em_fp32(modelo: PreTrainedModel, se_passa: str) -> Iterator[None]:
-    """Faz cada camada de 16 bits calcular em fp32, com uma cópia que só existe enquanto ela calcula.
+def calculo_em_fp32(se_passa: str) -> Iterator[None]:
+    """Faz cada camada de 16 bits que se chame calcular em fp32, com uma cópia que só existe enquanto ela calcula.
 
     Em bf16 o arredondamento das ativações sozinho dá KL de 0,001, o limite com que se prova a conversão; e o modelo
     inteiro em fp32 ocuparia o dobro da memória. Entrada de camada linear que não cabe em fp16, em que o llama.cpp a
     multiplica, é uma falha, que diz `se_passa`; o que passa entre as camadas, e no Gemma 3 não cabe, lá fica em fp32.
     """
     import torch
+    from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+    guardados: list[Any] = []
 
     def para_fp32(camada: Any, entradas: Any) -> None:
-        if isinstance(camada, torch.nn.Linear) and not entradas[0].abs().max() < MAIOR_FP16:
+        pesos = [peso for peso in camada.parameters(recurse=False) if peso.dtype == torch.bfloat16]
+        if pesos and isinstance(camada, torch.nn.Linear) and not entradas[0].abs().max() < MAIOR_FP16:
             raise FalhaNaExecucao(
                 f"há ativações além de {MAIOR_FP16}, que o llama.cpp não multiplica em 16 bits: {se_passa}."
             )
-        guardados.extend((peso, peso.data) for peso in camada.parameters(recurse=False))
-        camada.float()
+        guardados.extend((peso, peso.data) for peso in pesos)
+        for peso in pesos:
+            peso.data = peso.data.float()
 
     def de_volta(*_: Any) -> None:
         for peso, valores in guardados:
             peso.data = valores
         guardados.clear()
 
-    ganchos, guardados = [], []
-    for camada in modelo.modules():
-        if any(peso.dtype == torch.bfloat16 for peso in camada.parameters(recurse=False)):
-            ganchos.append(camada.register_forward_pre_hook(para_fp32))
-            ganchos.append(camada.register_forward_hook(de_volta))
-    yield
-    for gancho in ganchos:
-        gancho.remove()
+    with register_module_forward_pre_hook(para_fp32), register_module_forward_hook(de_volta):
+        yield
 
 
 def medir_importancia(modelo: Any, exemplos: Exemplos) -> dict[str, Any]:
@@ -1937,16 +1936,14 @@ def logprobs(modelo: Any, exemplos: Exemplos) -> Iterator[Any]:
     """
     import torch
 
-    @torch.inference_mode()
-    def da_linha(juntos: Exemplos) -> list[Any]:
+    for i in range(0, len(exemplos), 4):
+        juntos = exemplos[i : i + 4]
         linha = juntar_exemplos(juntos)
         del linha["labels"], linha["shift_labels"]
-        logits = modelo.eval()(**linha, use_cache=False).logits[0]
-        tamanhos = [len(e["labels"]) - e["labels"].count(IGNORADO) for e in juntos]
-        return [parte.numpy() for parte in logits.float().log_softmax(-1).split(tamanhos)]
-
-    for i in range(0, len(exemplos), 4):
-        yield from da_linha(exemplos[i : i + 4])
+        with torch.inference_mode():
+            obtidas = modelo.eval()(**linha, use_cache=False).logits[0].float().log_softmax(-1)
+        tamanhos = [len(exemplo["labels"]) - exemplo["labels"].count(IGNORADO) for exemplo in juntos]
+        yield from (parte.numpy() for parte in obtidas.split(tamanhos))
 
 
 # ---------------------------------------------------------------- GGUF
@@ -1975,7 +1972,7 @@ def provar_base(cfg: argparse.Namespace, dir_base: Path, gguf: Path, exemplo: di
     with andamento("a base no PyTorch, para comparar com o llama.cpp"):
         opcoes = dict(dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
         base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
-        with calculo_em_fp32(base, "escolha outro modelo base"):
+        with calculo_em_fp32("escolha outro modelo base"):
             np.save(da_base := gguf.with_suffix(".npy"), next(logprobs(base, [exemplo])))
         del base  # antes que o llama.cpp abra outro tanto
         gc.collect()
@@ -2056,7 +2053,9 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustes: dict[str, Any], impo
         codigo = llama_cpp.llama_model_quantize(str(f16).encode(), str(destino).encode(), parametros)
     ajustado.close()
     if codigo:
-        raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16} em {tipo}; em geral, {DISCO_CHEIO}.")
+        livres = shutil.disk_usage(destino.parent).free / 1e9
+        ou = f"ou {DISCO_CHEIO}; ou, se os {livres:.1f} GB livres bastam, este modelo não aceita o tipo: use outro"
+        raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16.name} em {tipo}: {ou}.")
 
 
 def escrever_modelfile(servido: str, cfg: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -2100,26 +2099,25 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     except (TemplateError, ValueError):
         traduz = False
     tudo = "".join([inicio, *da_segunda, sistema or "", depois_do_sistema, no_meio or ""]) if traduz else ""
-    if not traduz or "{{" in tudo or '"""' in tudo:
+    if not traduz or re.search('{{|"""|[«»]', tudo):
         log.info("      o chat template não se traduz para o Modelfile: o Ollama usará o do GGUF, ou um parecido")
         return []
+    # o que é da linguagem do Ollama vai entre « e ». $p: nada foi escrito ainda; $s: acabou de vir a de sistema
     ultima = "eq (len (slice $.Messages $i)) 1"
     depois_da_pergunta = antes_da_resposta
     if geracao != antes_da_resposta:  # depois da última, o pensamento vazio, ou um espaço a menos
-        depois_da_pergunta = f"{{{{ if {ultima} }}}}{geracao}{{{{ else }}}}{antes_da_resposta}{{{{ end }}}}"
-    # $p: nada foi escrito ainda; $s: acabou de vir a mensagem de sistema
-    antes = f"{{{{ if $s }}}}{depois_do_sistema}{{{{ else if $p }}}}{inicio}{{{{ else }}}}{entre}{{{{ end }}}}"
-    antes += "{{ $p = false }}{{ $s = false }}"
+        depois_da_pergunta = f"«if {ultima}»{geracao}«else»{antes_da_resposta}«end»"
+    antes = f"«if $s»{depois_do_sistema}«else if $p»{inicio}«else»{entre}«end»«$p = false»«$s = false»"
     if na_ultima:
-        antes += f"{{{{ if and $.System ({ultima}) }}}}{{{{ $.System }}}}{depois_do_sistema}{{{{ end }}}}"
+        antes += f"«if and $.System ({ultima})»«$.System»{depois_do_sistema}«end»"
     # a resposta sem pergunta antes não se escreve: o Ollama tira do começo as falas que não cabem
-    falas = {u: f"{antes}{{{{ .Content }}}}{depois_da_pergunta}", a: "{{ if not $p }}{{ .Content }}{{ end }}"}
+    falas = {u: f"{antes}«.Content»{depois_da_pergunta}", a: "«if not $p»«.Content»«end»"}
     if sistema is not None and not na_ultima:
-        outra = "" if no_meio is None else f"{{{{ else }}}}{no_meio}{{{{ .Content }}}}{{{{ $s = true }}}}"
-        falas[s] = f"{{{{ if $p }}}}{sistema}{{{{ .Content }}}}{{{{ $s = true }}}}{outra}{{{{ end }}}}"
-    ramos = [f'if eq .Role "{papel}" }}}}{fala}{{{{ ' for papel, fala in falas.items()]
-    corpo = "{{ range $i, $_ := .Messages }}{{ " + "else ".join(ramos) + "end }}{{ end }}"
-    return [f'TEMPLATE """{{{{ $p := true }}}}{{{{ $s := false }}}}{corpo}"""']
+        outra = "" if no_meio is None else f"«else»{no_meio}«.Content»«$s = true»"
+        falas[s] = f"«if $p»{sistema}«.Content»«$s = true»{outra}«end»"
+    ramos = "".join(f'«else if eq .Role "{papel}"»{fala}' for papel, fala in falas.items())
+    corpo = f"«$p := true»«$s := false»«range $i, $_ := .Messages»{ramos.replace('else ', '', 1)}«end»«end»"
+    return ['TEMPLATE """' + corpo.replace("«", "{{ ").replace("»", " }}") + '"""']
 
 
 # ---------------------------------------------------------------- a prova
@@ -2132,8 +2130,8 @@ KL_MAXIMA = {"merge": 0.001, "f16": 0.001, "adaptador": 0.001, "q8_0": 0.02, "q4
 # minúsculo, dão 3e-3
 RUIDO_MAXIMO = {"merge": 1e-3, "f16": 1e-4, "adaptador": 1e-3, "quantização": 0.2}
 RESPOSTAS_JUNTAS = 8  # conversas em que a prova gera ao mesmo tempo; mais pedem mais memória e já não poupam tempo
-TOKENS_DO_DIA = 48  # de cada resposta da base às perguntas de outros assuntos, se MAX_NEW_TOKENS não é menor
-PERGUNTAS_DO_DIA = (
+TOKENS_OUTROS_ASSUNTOS = 48  # de cada resposta da base às perguntas de outros assuntos, se MAX_NEW_TOKENS não é menor
+OUTROS_ASSUNTOS = (
     "Qual é a capital da França?",
     "Quanto é 12 vezes 8?",
     "Escreva uma frase curta sobre o mar.",
@@ -2170,18 +2168,18 @@ def provar_gguf(
     exemplos: Exemplos,
     do_final: Path,
     cfg: argparse.Namespace,
-    gerar: int,
+    gerar: int = 0,
     conferidos: Exemplos = (),
-    do_dia: Exemplos = (),
+    outros_assuntos: Exemplos = (),
     adaptador: str | None = None,
 ) -> dict[str, Any]:
     """Abre o GGUF no llama.cpp, como um servidor, e mede-o em `exemplos`, contra as log-probabilidades do modelo final.
 
     `do_final` traz um array por exemplo, um após o outro, na ordem deles. Gera resposta para os primeiros `gerar`. De
     cada um dos `conferidos` exige o mesmo prompt, os mesmos ids e o mesmo fim de turno. Com `adaptador`, um GGUF de
-    LoRA, mede os dois juntos. Devolve `kl`, `top1` e `nll` médios por token, e os de cada exemplo em `por_exemplo` e de
-    cada um de `do_dia` (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com o arquivo já na memória do
-    sistema), `prompt_tok_s`, `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
+    LoRA, mede os dois juntos. Devolve `kl`, `top1` e `nll` médios por token; os de cada exemplo em `por_exemplo`, e de
+    cada um de `outros_assuntos` no campo de mesmo nome (`comparar_logprobs`); `respostas` e `terminou`; `carga_s` (com
+    o arquivo já na memória do sistema), `prompt_tok_s`, `geracao_tok_s`; e `memoria`, o pico do processo em bytes.
     """
     import llama_cpp
     import numpy as np
@@ -2207,26 +2205,25 @@ def provar_gguf(
     if conferidos and not any(resposta.strip() for resposta in medida["respostas"]):
         raise FalhaNaExecucao(f"{gguf} abriu, mas só deu respostas vazias, a primeira a: {exemplos[0]['pergunta']}")
     modelo.close()
-    maior = max(len(exemplo["input_ids"]) for exemplo in [*exemplos, *do_dia])
+    maior = max(len(exemplo["input_ids"]) for exemplo in [*exemplos, *outros_assuntos])
     modelo = abrir_gguf(gguf, cfg, maior, logits_all=True, lora_path=adaptador)
 
     def logprobs_de(exemplo: dict[str, Any]) -> Any:
         modelo.reset()
         modelo.eval(exemplo["input_ids"])
         logits = modelo.scores[exemplo["labels"].count(IGNORADO) - 1 : len(exemplo["input_ids"]) - 1]
-        logits = logits - logits.max(-1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+        return modelo.logits_to_logprobs(logits)
 
     with do_final.open("rb") as arquivo:
         medida["por_exemplo"] = [comparar_logprobs(np.load(arquivo), logprobs_de(e), e) for e in exemplos]
-    medida["do_dia"] = [comparar_logprobs(obtida := logprobs_de(e), obtida, e) for e in do_dia]
+    medida["outros_assuntos"] = [comparar_logprobs(obtida := logprobs_de(e), obtida, e) for e in outros_assuntos]
     modelo.close()
     return medida | juntar_medidas(medida["por_exemplo"])
 
 
-def responder_do_dia(gguf: Path, cfg: argparse.Namespace, prompts: list[list[int]]) -> Exemplos:
+def responder_outros_assuntos(gguf: Path, cfg: argparse.Namespace, prompts: list[list[int]]) -> Exemplos:
     """A resposta gulosa do GGUF a cada prompt, como um exemplo (`codificar`); a vazia fica de fora."""
-    modelo, maximo = abrir_gguf(gguf, cfg, cfg.MAX_LENGTH), min(TOKENS_DO_DIA, cfg.MAX_NEW_TOKENS)
+    modelo, maximo = abrir_gguf(gguf, cfg, cfg.MAX_LENGTH), min(TOKENS_OUTROS_ASSUNTOS, cfg.MAX_NEW_TOKENS)
     dadas = list(zip(prompts, responder_juntas(modelo, prompts, maximo), strict=True))
     modelo.close()
     return [{"input_ids": p + ids, "labels": [IGNORADO] * len(p) + ids} for p, (ids, _) in dadas if ids]
@@ -2313,7 +2310,7 @@ def abrir_gguf(gguf: Path, cfg: argparse.Namespace, n_ctx: int, **opcoes: Any) -
 
 
 def exigir_fidelidade(saido: str, falha: str, medida: dict[str, float]) -> None:
-    """Mostra KL, ruído e top-1 e encerra a execução se a KL passa do limite do que saiu, ou o ruído do de todos.
+    """Mostra KL, ruído e top-1 e encerra a execução se a KL ou o ruído passa do limite do que saiu.
 
     A KL é pequena num modelo que hesita entre muitos tokens, mesmo estragado, e ali o top-1 muda sem que nada se tenha
     perdido: quem o acusa é o ruído, que não depende da escala dos logits.
@@ -2352,7 +2349,7 @@ def comparar_respostas(exemplos: Exemplos, antes: dict[str, Any], depois: dict[s
 
     `perda` é a NLL por token da resposta de referência, em nats; `chrF` (arXiv:1803.00721, sacrebleu) e `cobertura`,
     fração das palavras de conteúdo da referência que a resposta traz, vão de 0 a 100; `terminou` é a fração que acabou
-    sozinha; `lembrança`, a NLL por token das respostas que a base deu às PERGUNTAS_DO_DIA. O intervalo é de 95 %, por
+    sozinha; `lembrança`, a NLL por token das respostas que a base deu às OUTROS_ASSUNTOS. O intervalo é de 95 %, por
     bootstrap sobre as perguntas.
     """
     import numpy as np
@@ -2366,9 +2363,9 @@ def comparar_respostas(exemplos: Exemplos, antes: dict[str, Any], depois: dict[s
         "terminou": [lado["terminou"] for lado in lados],
     }
     tokens = {"perda": [m["tokens"] for m in antes["por_exemplo"]]}
-    if antes["do_dia"]:
-        tokens["lembrança"] = [m["tokens"] for m in antes["do_dia"]]
-        valores["lembrança"] = [[m["nll"] / m["tokens"] for m in lado["do_dia"]] for lado in lados]
+    if antes["outros_assuntos"]:
+        tokens["lembrança"] = [m["tokens"] for m in antes["outros_assuntos"]]
+        valores["lembrança"] = [[m["nll"] / m["tokens"] for m in lado["outros_assuntos"]] for lado in lados]
     tabela = {}
     for nome, (de, para) in valores.items():
         peso = np.array(tokens.get(nome, [1] * len(de)))  # as perdas são por token; o resto, por pergunta
@@ -2498,14 +2495,14 @@ def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: E
             "chrF": "chrF da resposta, 0 a 100",
             "cobertura": "cobertura das palavras de conteúdo da referência, 0 a 100",
             "terminou": "fração das respostas que terminou sozinha",
-            "lembrança": f"perda das respostas que a base deu a {len(PERGUNTAS_DO_DIA)} perguntas de outros assuntos",
+            "lembrança": f"perda das respostas que a base deu a {len(OUTROS_ASSUNTOS)} perguntas de outros assuntos",
         },
         decisivas=("LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "LEARNING_RATE", "OPTIM", "SEED"),
         amostra=AMOSTRA_PROMPTS,
         n=com_virgula,
         citar=citar,
     )
-    cartao.save(saida / "README.md")
+    gravar_inteiro(saida / "README.md", str(cartao))
 
 
 def citar(resposta: str) -> str:
@@ -2777,8 +2774,8 @@ def o_que_decide(campos: dict[str, Any]) -> dict[str, Any]:
     decidem = {nome for grupo, nome, _ in ler_constantes() if not grupo.startswith("lugar")}
     decide = {nome: valor for nome, valor in campos["constantes"].items() if nome in decidem}
     # o mesmo número de linhas por passo é o mesmo treino, seja de quantos processos for
-    lotes, linhas = decide.pop("GRADIENT_ACCUMULATION_STEPS"), decide.pop("PER_DEVICE_TRAIN_BATCH_SIZE", 1)
-    decide["linhas por passo"] = lotes * linhas * campos.get("processos", 1)
+    lotes, linhas = decide.pop("GRADIENT_ACCUMULATION_STEPS"), decide.pop("PER_DEVICE_TRAIN_BATCH_SIZE")
+    decide["linhas por passo"] = lotes * linhas * campos["processos"]
     decide |= {"dispositivo": campos["dispositivo"], "SHA-256 dos dados": campos["sha256_dados"]}
     decide |= {f"SHA-256 de {nome}, do modelo base": soma for nome, soma in campos["sha256_base"].items()}
     return decide | {f"versão de {pacote}": campos["versoes"].get(pacote) for pacote in PACOTES_DO_TREINO}
@@ -2985,7 +2982,7 @@ SINAIS_DE_DISCO_CHEIO += r"|\b[Qq]uota\b|requested and \d+ written"
 SINAIS_DE_POUCA_MEMORIA = (
     r"OutOfMemory|out of memory|ALLOC_FAILED|enough memory|can't allocate|MemoryError|rror (code: <)?1455"
 )
-DISCO_CHEIO = "o disco encheu: libere espaço e execute de novo, que continua de onde parou"
+DISCO_CHEIO = "o disco encheu, ou não aceita arquivo deste tamanho: libere espaço e execute de novo, que continua"
 
 
 class ErroDeUso(Exception):
@@ -3001,8 +2998,8 @@ def explicar(problema: Exception) -> str | None:
     texto = f"{type(problema).__name__} {problema}"
     if re.search(SINAIS_DE_POUCA_MEMORIA, texto):
         return (
-            "faltou memória. Feche outros programas e execute de novo, que continua do último checkpoint; se faltar "
-            "outra vez, use --gradient-checkpointing sim, ou baixe MAX_TOKENS_POR_LINHA ou LORA_R, com --recomecar."
+            "faltou memória. Feche outros programas e execute de novo, que continua de onde parou; se faltar outra vez "
+            "no treino, use --gradient-checkpointing sim, ou baixe MAX_TOKENS_POR_LINHA ou LORA_R, com --recomecar."
         )
     da_placa = re.search(r"AcceleratorError|CUDA error|CUBLAS_STATUS|CUDNN_STATUS", texto)
     if da_placa and not re.search(r"device-side assert|illegal|INVALID|NOT_SUPPORTED", texto):  # estes, de programa
@@ -3012,7 +3009,9 @@ def explicar(problema: Exception) -> str | None:
         return "outro processo desta execução caiu; veja o que ele disse e execute de novo, que continua de onde parou"
     if re.search(SINAIS_DE_DISCO_CHEIO, texto):
         return f"{DISCO_CHEIO} ({str(problema).splitlines()[0][:120]})."
-    return f"o sistema recusou um arquivo: {problema}" if isinstance(problema, OSError) else None
+    if isinstance(problema, OSError):
+        return f"o sistema recusou {'um arquivo' if problema.filename else 'uma operação'}: {problema}"
+    return None
 
 
 def listar_problemas(titulo: str, arquivo: Path, problemas: dict[str, list[int]]) -> NoReturn:

@@ -23,7 +23,7 @@ COMUNS = dict(tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_toke
 
 def formas() -> dict[str, tuple[Any, str]]:
     """{nome: (config publicada, licença)}."""
-    from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
+    from transformers import Gemma3Config, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 
     def llama(hidden: int, meio: int, camadas: int, cabecas: int, chaves: int, vocabulario: int) -> LlamaConfig:
         opcoes = dict(num_hidden_layers=camadas, num_attention_heads=cabecas, num_key_value_heads=chaves)
@@ -37,6 +37,8 @@ def formas() -> dict[str, tuple[Any, str]]:
         opcoes = dict(num_hidden_layers=camadas, num_attention_heads=cabecas, num_key_value_heads=chaves, head_dim=256)
         return Gemma3TextConfig(hidden_size=hidden, intermediate_size=meio, vocab_size=262_144, **opcoes, **COMUNS)
 
+    # a de 4 bilhões vem com a torre de visão, que o programa carrega e o GGUF não traz
+    visao = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=896)
     return {
         "SmolLM2 360M": (llama(960, 2560, 32, 15, 5, 49_152), "Apache 2.0"),
         "Qwen3 0.6B": (qwen3(1024, 3072, 28, 16), "Apache 2.0"),
@@ -46,7 +48,7 @@ def formas() -> dict[str, tuple[Any, str]]:
         "Qwen3 1.7B": (qwen3(2048, 6144, 28, 16), "Apache 2.0"),
         "Llama 3.2 3B": (llama(3072, 8192, 28, 24, 8, 128_256), "Llama 3.2"),
         "Phi-3-mini": (Phi3Config(), "MIT"),
-        "Gemma 3 4B": (gemma3(2560, 10_240, 34, 8, 4), "Gemma"),
+        "Gemma 3 4B": (Gemma3Config(text_config=gemma3(2560, 10_240, 34, 8, 4), vision_config=visao), "Gemma"),
         "Qwen3 4B": (qwen3(2560, 9728, 36, 32), "Apache 2.0"),
     }
 
@@ -87,6 +89,7 @@ def medir(config: Any, demo: Path) -> tuple[float, float]:
 def main() -> None:
     """Imprime a tabela."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     ft.acalmar_bibliotecas()
     cfg = ft.ler_opcoes([])
@@ -100,7 +103,9 @@ def main() -> None:
             with mock.patch.object(ft, "tipo_de_calculo", return_value=tipo):  # o de outra máquina
                 parametros, *_, memoria = ft.estimar_memoria(cfg, config, onde)
             treinos.append(memoria[-1])  # com todas as ativações recalculadas
-        servido = parametros * BITS_DO_Q4_K_M / 8 / 1e9
+        with torch.device("meta"):
+            do_texto = AutoModelForCausalLM.from_config(config.get_text_config()).num_parameters()
+        servido = do_texto * BITS_DO_Q4_K_M / 8 / 1e9
         tamanhos = [f"{parametros / 1e9:.2f} bi", f"{servido:.2f} GB"]
         tamanhos += [f"{m / 2**30:.1f} GiB" for m in (*treinos, ft.RAM_DO_MERGE * 2 * parametros)]
         print(f"| {nome} | {licenca} | {' | '.join(tamanhos).replace('.', ',')} |")

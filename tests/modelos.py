@@ -281,10 +281,20 @@ def escrever_tokenizer_pequeno(destino: Path, vocabulario_gguf: Path, especiais:
     return {"vocab": vocabulario, "merges": generate_merges(vocabulario, notas)}
 
 
-def construir_gemma3(destino: Path, vocabularios: Path) -> Path:
-    """Escreve em `destino` um Gemma 3 de 6 camadas, das quais 5 só veem 192 tokens, e embeddings presos à saída."""
+def construir_gemma3(destino: Path, vocabularios: Path, com_visao: bool = False) -> Path:
+    """Escreve em `destino` um Gemma 3 de 6 camadas, das quais 5 só veem 192 tokens, e embeddings presos à saída.
+
+    Com `com_visao`, tem também a torre que lê imagens, como os publicados de 4 bilhões em diante.
+    """
     import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaTokenizer, GenerationConfig
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForCausalLM,
+        Gemma3ForConditionalGeneration,
+        Gemma3TextConfig,
+        GemmaTokenizer,
+        GenerationConfig,
+    )
 
     especiais = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
     pecas = escrever_tokenizer_pequeno(destino, vocabularios / "ggml-vocab-phi-3.gguf", especiais, prefixa=False)
@@ -307,7 +317,13 @@ def construir_gemma3(destino: Path, vocabularios: Path) -> Path:
         eos_token_id=1,
         bos_token_id=2,
     )
-    modelo = Gemma3ForCausalLM(config).to(torch.bfloat16)
+    modelo = Gemma3ForCausalLM(config)
+    if com_visao:
+        torre = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        torre |= dict(image_size=56, patch_size=14)
+        config = Gemma3Config(text_config=config, vision_config=torre, mm_tokens_per_image=4, image_token_index=4)
+        modelo = Gemma3ForConditionalGeneration(config)
+    modelo = modelo.to(torch.bfloat16)
     modelo.generation_config = GenerationConfig(bos_token_id=2, eos_token_id=[1, 6], pad_token_id=0)
     modelo.save_pretrained(destino)
     return destino

@@ -289,6 +289,39 @@ def test_o_que_nao_funciona_no_dispositivo_e_dito_antes_de_baixar_a_base(
     assert motivo in str(erro.value) and "mais uma linha" not in str(erro.value)
 
 
+def test_placa_cheia_na_experiencia_e_falta_de_memoria_e_nao_defeito(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import fine_tuning_saude as ft
+
+    def faltar(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr("torch.Tensor.__matmul__", faltar)
+    with pytest.raises(torch.OutOfMemoryError) as erro:
+        ft.conferir_dispositivo(ft.ler_opcoes(["--optim", "adamw_torch"]), "cpu", a_parte=False)
+    assert ft.explicar(erro.value).startswith("faltou memória. Feche outros programas")
+
+
+def test_a_demonstracao_e_na_cpu_tambem_onde_ha_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import fine_tuning_saude as ft
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ft.escolher_dispositivo(ft.ler_opcoes(["--demo", "--no-treinar-na-cpu"])) == "cpu"
+    assert ft.escolher_dispositivo(ft.ler_opcoes([])) == "cuda"
+
+
+def test_o_que_o_sistema_recusa_so_se_diz_arquivo_se_e_um() -> None:
+    import fine_tuning_saude as ft
+
+    assert ft.explicar(ConnectionResetError(104, "Connection reset by peer")).startswith(
+        "o sistema recusou uma operação"
+    )
+    assert ft.explicar(PermissionError(13, "Permission denied", "saida")).startswith("o sistema recusou um arquivo")
+
+
 # no lugar do bitsandbytes, um cujo otimizador acaba com o processo, como o de verdade numa placa que não pagina memória
 BITSANDBYTES_QUE_MATA = {
     "__init__.py": "",
@@ -453,6 +486,26 @@ def test_constante_editada_para_none_ou_expressao_continua_valendo(monkeypatch: 
     assert ft.ler_opcoes(["--revisao-modelo-base", "main"]).REVISAO_MODELO_BASE == "main"
 
 
+def test_constante_editada_sem_o_comentario_ou_em_varias_linhas_continua_valendo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fine_tuning_saude as ft
+
+    programa = Path(ft.__file__).read_text(encoding="utf-8")
+    for antes, depois in {
+        r"^MAX_LENGTH = .+": "MAX_LENGTH = 512",
+        r"^SEED = .+": "SEED = 7 # a minha",
+        r"^QUANTIZACOES_GGUF = .+": 'QUANTIZACOES_GGUF = (\n    "q8_0",\n)',
+    }.items():
+        programa = re.sub(antes, depois, programa, count=1, flags=re.M)
+    (tmp_path / "editado.py").write_text(programa, encoding="utf-8")
+    explicacoes = {nome: explicacao for _, nome, explicacao in ft.ler_constantes()}
+    monkeypatch.setattr(ft, "__file__", str(tmp_path / "editado.py"))
+    trocadas = {"MAX_LENGTH": "", "SEED": "a minha", "QUANTIZACOES_GGUF": ""}
+    assert {nome: explicacao for _, nome, explicacao in ft.ler_constantes()} == explicacoes | trocadas
+    assert ft.ler_opcoes(["--max-length", "300"]).MAX_LENGTH == 300
+
+
 def test_numero_escrito_como_texto_no_bloco_das_constantes_e_dito(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -511,8 +564,7 @@ def test_report_to_sem_o_pacote_e_recusado_e_com_ele_vai_ao_trainer(
 
 def test_base_que_pede_licenca_e_dita_com_o_que_fazer(monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx2 as httpx
-    import huggingface_hub
-    import requests
+    import huggingface_hub.utils
     from huggingface_hub.errors import GatedRepoError
 
     import fine_tuning_saude as ft
@@ -520,7 +572,7 @@ def test_base_que_pede_licenca_e_dita_com_o_que_fazer(monkeypatch: pytest.Monkey
     def recusar(*_: object, **__: object) -> None:
         raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
 
-    monkeypatch.setattr(requests, "head", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", recusar)
     with pytest.raises(ft.ErroDeUso, match=r"só se baixa por quem aceitou a licença.*hf auth login"):
         ft.localizar_modelo_base(ft.ler_opcoes([]), so_config=True)
@@ -563,8 +615,7 @@ def test_download_que_cai_no_meio_se_continua_e_disco_cheio_nao_se_toma_por_ele(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import httpx2 as httpx
-    import huggingface_hub
-    import requests
+    import huggingface_hub.utils
 
     import fine_tuning_saude as ft
 
@@ -572,7 +623,7 @@ def test_download_que_cai_no_meio_se_continua_e_disco_cheio_nao_se_toma_por_ele(
         raise quedas.pop()
 
     quedas = [OSError(28, "No space left on device"), httpx.ReadTimeout("caiu"), RuntimeError("do hf_xet")]
-    monkeypatch.setattr(requests, "head", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cair)
     for _ in range(2):
         with pytest.raises(ft.ErroDeUso, match=r"execute de novo, que continua.*--revision 0a67737cc96d"):
@@ -582,21 +633,21 @@ def test_download_que_cai_no_meio_se_continua_e_disco_cheio_nao_se_toma_por_ele(
     assert ft.explicar(erro.value).startswith(ft.DISCO_CHEIO)
 
 
-@pytest.mark.parametrize(("falha", "so_o_local"), [("ConnectionError", True), ("ReadTimeout", False), (None, False)])
+@pytest.mark.parametrize(("falha", "so_o_local"), [("ConnectError", True), ("ReadTimeout", False), (None, False)])
 def test_so_sem_rede_o_hub_nao_e_perguntado_que_insistiria_por_25_segundos(
     falha: str | None, so_o_local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
-    import requests
+    import httpx2 as httpx
+    import huggingface_hub.utils
 
     import fine_tuning_saude as ft
 
     def perguntar(*_: object, **__: object) -> None:
         if falha:
-            raise getattr(requests, falha)
+            raise getattr(httpx, falha)("caiu")
 
     pedidos = []
-    monkeypatch.setattr(requests, "head", perguntar)
+    monkeypatch.setattr(huggingface_hub.utils.get_session(), "head", perguntar)
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda nome, **opcoes: pedidos.append(opcoes) or str(tmp_path)
     )

@@ -238,6 +238,7 @@ FAMILIAS = {
     "llama": (("llama_ou_qwen", "llama", "llama_com_data"), "llama", "<|eot_id|>", "26 Jul 2024"),
     "qwen": (("llama_ou_qwen", "qwen", "qwen_que_pensa"), "qwen2", "<|im_end|>", "{{- '<think>"),
     "gemma3": (("gemma3",), "gemma3", "<end_of_turn>", ""),
+    "gemma3_com_visao": (("gemma3", True), "gemma3", "<end_of_turn>", ""),
     "mistral": (("mistral",), "llama", "</s>", ""),
 }
 
@@ -264,7 +265,7 @@ def test_as_nove_etapas_valem_para_outras_familias_e_seus_templates(
     assert ft.inicio_da_resposta(tokenizer) == (" " if familia == "mistral" else "")
     modelo = llama_cpp.Llama(str(saida / "novo_modelo.gguf"), n_ctx=256, verbose=False)
     assert modelo.metadata["general.architecture"] == arquitetura
-    assert modelo.metadata.get("gemma3.attention.sliding_window") == ("192" if familia == "gemma3" else None)
+    assert modelo.metadata.get("gemma3.attention.sliding_window") == ("192" if arquitetura == "gemma3" else None)
     assert modelo.metadata["tokenizer.ggml.eot_token_id"] == str(tokenizer.convert_tokens_to_ids(fim))
     # o tokenizer entregue é o da base, arquivo por arquivo, com o template treinado e o pad
     for arquivo in (a for a in base.iterdir() if "token" in a.name and a.name != "tokenizer_config.json"):
@@ -276,8 +277,8 @@ def test_as_nove_etapas_valem_para_outras_familias_e_seus_templates(
     servido, da_base = modelo.metadata["tokenizer.chat_template"], (base / "chat_template.jinja").read_text("utf-8")
     assert servido == tokenizer.chat_template and "strftime_now" not in servido
     assert fixado in servido and (servido == da_base) == (fixado in da_base) == (not fixado)
-    # os embeddings destes modelos são também a saída, e no GGUF, como na base, vêm uma vez só
-    pesos = load_file(base / "model.safetensors")
+    # os embeddings destes modelos são também a saída, e no GGUF, como na base, vêm uma vez só; só o texto vai nele
+    pesos = {n: peso for n, peso in load_file(base / "model.safetensors").items() if not re.search("vision|multi_", n)}
     assert llama_cpp.llama_model_n_params(modelo._model.model) == sum(peso.numel() for peso in pesos.values())
     assert "lm_head.weight" not in pesos
     modelo.close()

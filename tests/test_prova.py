@@ -63,7 +63,7 @@ def test_calculo_em_fp32_da_o_mesmo_que_o_modelo_em_fp32_e_devolve_os_pesos_como
     modelo = carregar(phi3, "bfloat16")
     antes = {nome: peso.clone() for nome, peso in modelo.state_dict().items()}
     em_bf16 = np.concatenate(list(ft.logprobs(modelo, exemplos)))
-    with ft.calculo_em_fp32(modelo, ""):
+    with ft.calculo_em_fp32(""):
         obtido = np.concatenate(list(ft.logprobs(modelo, exemplos)))
     esperado = np.concatenate(list(ft.logprobs(carregar(phi3, "float32"), exemplos)))
     assert np.abs(obtido - esperado).max() < 1e-4 < np.abs(em_bf16 - esperado).max()
@@ -79,7 +79,7 @@ def test_ativacao_que_o_fp16_nao_guarda_e_acusada_antes_de_converter(phi3: Path,
         modelo.model.layers[0].mlp.gate_up_proj.weight *= 1e6
     with (
         pytest.raises(ft.FalhaNaExecucao, match=r"ativações além de 65504, .* o treino divergiu"),
-        ft.calculo_em_fp32(modelo, "o treino divergiu"),
+        ft.calculo_em_fp32("o treino divergiu"),
     ):
         list(ft.logprobs(modelo, exemplos))
 
@@ -92,7 +92,7 @@ def test_o_que_passa_entre_as_camadas_pode_nao_caber_em_fp16_porque_o_llama_cpp_
     modelo = carregar(phi3, "bfloat16")
     with torch.no_grad():  # como no Gemma 3: cada camada normaliza o que lê, e os valores grandes não a alcançam
         modelo.model.embed_tokens.weight *= 1e7
-    with ft.calculo_em_fp32(modelo, "o treino divergiu"):
+    with ft.calculo_em_fp32("o treino divergiu"):
         (obtido,) = ft.logprobs(modelo, exemplos[:1])
     assert np.isfinite(obtido).all()
 
@@ -148,12 +148,14 @@ def test_um_modelo_que_hesita_entre_tokens_passa_se_a_divergencia_e_pequena() ->
         ft.exigir_fidelidade("q4_k_m", "", estragado)
 
 
-def lado(nll: float, respostas: list[str], terminou: bool, do_dia: float | None = None) -> dict:
+def lado(nll: float, respostas: list[str], terminou: bool, outros_assuntos: float | None = None) -> dict:
     """O que `provar_gguf` devolveria para estas respostas, e para as de outros assuntos, se vem a NLL delas."""
     por_exemplo = [{"nll": nll * 10 + i, "tokens": 10} for i in range(len(respostas))]
-    lembradas = [{"nll": 10 * do_dia + i / 10, "tokens": 10} for i in range(12)] if do_dia is not None else []
+    lembradas = (
+        [{"nll": 10 * outros_assuntos + i / 10, "tokens": 10} for i in range(12)] if outros_assuntos is not None else []
+    )
     terminadas = [terminou] * len(respostas)
-    return {"por_exemplo": por_exemplo, "respostas": respostas, "terminou": terminadas, "do_dia": lembradas}
+    return {"por_exemplo": por_exemplo, "respostas": respostas, "terminou": terminadas, "outros_assuntos": lembradas}
 
 
 def test_o_que_o_treino_nao_melhorou_e_dito() -> None:
@@ -176,9 +178,9 @@ def test_o_que_o_treino_nao_melhorou_e_dito() -> None:
 def test_o_que_o_modelo_final_esqueceu_de_outros_assuntos_e_dito_numa_frase(execucao_phi3: tuple[Path, dict]) -> None:
     provas = [{"resposta": f"A vacina {nome} fica na geladeira."} for nome in ("BCG", "VIP", "penta", "HPV", "dTpa")]
     respostas = [prova["resposta"] for prova in provas]
-    antes = lado(2, respostas, True, do_dia=0.3)
+    antes = lado(2, respostas, True, outros_assuntos=0.3)
     for depois, esqueceu in ((0.35, False), (1.2, True)):
-        comparacao = ft.comparar_respostas(provas, antes, lado(1, respostas, True, do_dia=depois), 0)
+        comparacao = ft.comparar_respostas(provas, antes, lado(1, respostas, True, outros_assuntos=depois), 0)
         assert comparacao["lembrança"][0] == pytest.approx(0.355) and comparacao["lembrança"][1] > depois
         assert ("Esqueceu parte do que a base sabia" in ft.dar_veredito(comparacao, 5)) == esqueceu
         assert ("Esqueceu parte" in ft.dar_veredito(comparacao, 4)) == esqueceu, "também com poucas perguntas"
@@ -186,7 +188,7 @@ def test_o_que_o_modelo_final_esqueceu_de_outros_assuntos_e_dito_numa_frase(exec
     saida, registro = execucao_phi3
     de, para, *_ = registro["comparacao"]["lembrança"]
     linha = next(ln for ln in (saida / "README.md").read_text().splitlines() if "perguntas de outros assuntos" in ln)
-    assert f"| {de:.3f} | {para:.3f} |".replace(".", ",") in linha and len(set(ft.PERGUNTAS_DO_DIA)) == 12
+    assert f"| {de:.3f} | {para:.3f} |".replace(".", ",") in linha and len(set(ft.OUTROS_ASSUNTOS)) == 12
 
 
 def test_a_cobertura_conta_numeros_e_palavras_de_conteudo() -> None:

@@ -284,7 +284,7 @@ def test_falta_de_disco_e_de_memoria_sao_ditas_antes_do_treino(saida: Path, base
         "psutil.virtual_memory = lambda: collections.namedtuple('M', 'available total')(1000, 1000)\n"
     )
     dito = Execucao(saida, base, antes=pouco).terminar(2)
-    assert "GiB de memória" in dito and "o disco de" in dito
+    assert "GiB de memória" in dito and dito.count("use uma base menor") == 2 and "o disco de" in dito
     assert not saida.exists()
 
 
