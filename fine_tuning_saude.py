@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # barras de progresso das bibliotecas; o tqdm só o lê ao ser importado
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.raiseExceptions = False  # se quem lia a saída se foi, o diário continua
     log.setLevel(logging.ERROR if processo_e_total()[0] else logging.INFO)
     cfg = ler_opcoes(argv)
     registro, conversa = Registro(cfg), cfg.CONVERSAR or cfg.PERGUNTAR is not None
@@ -386,7 +387,6 @@ def etapa_6_argumentos(cfg: argparse.Namespace, preparo: Preparo, quantizacao: B
             logging_steps=cfg.LOGGING_STEPS,
             logging_nan_inf_filter=False,  # o filtro esperaria pela placa a cada lote
             accelerator_config={"non_blocking": preparo.dispositivo == "cuda"},
-            disable_tqdm=not sys.stderr.isatty(),
             report_to=cfg.REPORT_TO,
             ddp_find_unused_parameters=False,
             seed=cfg.SEED,
@@ -406,7 +406,7 @@ def etapa_7_treinamento(
     Os melhores são os do `passo` de menor perda na validação. Devolve-a, em nats por token, `antes`, `depois` (nele) e
     no `ultimo`, e a `curva`: [passo, nome, valor] do diário.
     """
-    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerState
+    from transformers import EarlyStoppingCallback, Trainer, TrainerState
 
     pasta, linhas = Path(argumentos.output_dir), Linhas(treino, cfg)
     # de um checkpoint, o PEFT leria o adaptador na primeira placa, seja qual for a deste processo
@@ -424,7 +424,6 @@ def etapa_7_treinamento(
             compute_metrics=lambda nll: {"perda": float(nll.predictions[nll.label_ids != IGNORADO].mean())},
             callbacks=[acompanhar(linhas, pasta), *([EarlyStoppingCallback(cfg.PACIENCIA)] if cfg.PACIENCIA else [])],
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.floating_point_ops = lambda _: 0  # a conta do Trainer percorre todas as camadas a cada linha
         checkpoint = so_o_primeiro(achar_checkpoint, pasta)
         de_antes = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
@@ -468,9 +467,9 @@ def etapa_8_merge(
 
     saida = Path(cfg.DIR_SAIDA)
     with andamento("carga, merge e prova"), pasta_inteira(saida / "checkpoints" / "prova") as provisoria:
-        base = AutoModelForCausalLM.from_pretrained(
-            dir_base, dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True
-        )
+        # em fp16, que é o tipo do GGUF: o bf16, de três bits a menos, perderia na soma o que o treino mudou pouco
+        opcoes = dict(dtype=torch.float16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
+        base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
         com_adaptador, medidas = PeftModel.from_pretrained(base, saida / "adaptador_lora", torch_device="cpu"), []
         divergiu = "em geral, o treino divergiu; baixe LEARNING_RATE ou NUM_TRAIN_EPOCHS e execute com --recomecar"
         with calculo_em_fp32(divergiu), (provisoria / "logprobs.npy").open("wb") as arquivo:
@@ -483,7 +482,7 @@ def etapa_8_merge(
                     medidas.append(comparar_logprobs(certa, obtida, exemplo))
         # a média dos quadrados das entradas não pede fp32, que só numa CPU sem bf16 é o mais rápido
         em_bf16 = tipo_de_calculo("cpu") == torch.bfloat16
-        with contextlib.nullcontext() if em_bf16 else calculo_em_fp32(divergiu):
+        with torch.autocast("cpu", torch.bfloat16) if em_bf16 else calculo_em_fp32(divergiu):
             np.savez(provisoria / "importancia.npz", **medir_importancia(modelo, amostra))
         perdido = "o modelo final não é a base mais o adaptador; confira peft e transformers com requirements.txt"
         exigir_fidelidade("merge", perdido, juntar_medidas(medidas))
@@ -501,6 +500,9 @@ def etapa_8_merge(
             outro = re.search(r"\.safetensors$|\.index\.json$|^chat_template\.", arquivo.name)
             if not outro and not (provisoria / arquivo.name).exists():
                 shutil.copyfile(arquivo, provisoria / arquivo.name)
+        # quem o abre pelo config calcula em bf16: em fp16, que é o tipo dos pesos, não cabem as ativações do Gemma 3
+        config = json.loads((provisoria / "config.json").read_bytes()) | {"dtype": "bfloat16"}
+        gravar_inteiro(provisoria / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
         for arquivo in (provisoria / "tokenizer_config.json", *provisoria.glob("special_tokens_map.json")):
             config = json.loads(arquivo.read_bytes()) if arquivo.is_file() else {}
             config |= {"pad_token": tokenizer.pad_token, "padding_side": "right"}
@@ -524,7 +526,7 @@ def etapa_9_gguf(
     """
     import numpy as np
 
-    saida, tipos = Path(cfg.DIR_SAIDA), [tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF]
+    saida, tipos = Path(cfg.DIR_SAIDA), [*dict.fromkeys(tipo.lower() for tipo in cfg.QUANTIZACOES_GGUF)]
     arquivos, do_adaptador = [], []
     do_final = saida / "checkpoints" / "prova" / "logprobs.npy"
     importancia = dict(np.load(do_final.with_name("importancia.npz")))
@@ -695,13 +697,11 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
     """Confere o que custa pouco: tipos do GGUF, pasta do llama.cpp, e se DIR_SAIDA se deixa escrever."""
     from gguf import LlamaFileType
 
-    if estranhos := [q for q in cfg.QUANTIZACOES_GGUF if not hasattr(LlamaFileType, f"MOSTLY_{q.upper()}")]:
-        raise ErroDeUso(f"QUANTIZACOES_GGUF não conhece {', '.join(estranhos)}; exemplos: q8_0, q5_k_m, q4_k_m.")
-    if de_moe := [q for q in cfg.QUANTIZACOES_GGUF if "moe" in q.lower()]:
-        raise ErroDeUso(
-            f"{', '.join(de_moe)} só quantiza misturas de especialistas: o nome não diria o que há no arquivo."
-        )
-    com_matriz = [q for q in cfg.QUANTIZACOES_GGUF if re.match("iq[12]|iq3_xxs|q2_k_s", q.lower())]
+    # os tipos "moe" só quantizam misturas de especialistas, e o nvfp4 não se faz de outro GGUF
+    existem = {tipo.name for tipo in LlamaFileType if not re.search("MOE|NVFP4", tipo.name)}
+    if estranhos := [q for q in cfg.QUANTIZACOES_GGUF if f"MOSTLY_{q.upper()}" not in existem]:
+        raise ErroDeUso(f"QUANTIZACOES_GGUF não aceita {', '.join(estranhos)}; exemplos: q8_0, q5_k_m, q4_k_m.")
+    com_matriz = [q for q in cfg.QUANTIZACOES_GGUF if re.match("iq[12]|iq3_xx?s|q2_k_s", q.lower())]
     if com_matriz and not cfg.EXEMPLOS_IMATRIX:
         raise ErroDeUso(f"{', '.join(com_matriz)} pede EXEMPLOS_IMATRIX maior que zero.")
     if os.name == "nt" and not cfg.DIR_SAIDA.isascii():  # o llama.cpp abre o arquivo na página de código antiga
@@ -713,7 +713,10 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
     faltam = [nome for nome in usados if not (llama_cpp / nome).is_file()]
     if faltam and llama_cpp.exists() and any(llama_cpp.iterdir()):
         raise ErroDeUso(f"a pasta {llama_cpp} não tem {faltam[0]}: apague-a, ou clone nela o llama.cpp.")
-    acima = primeira_que_existe(Path(cfg.DIR_SAIDA))
+    saida = Path(cfg.DIR_SAIDA)
+    if (saida / "README.md").exists() and not (saida / "execucao.json").exists():
+        raise ErroDeUso(f"{saida.absolute()} tem um README.md que não é de uma execução e se perderia: mude DIR_SAIDA.")
+    acima = primeira_que_existe(saida)
     if not acima.is_dir() or not os.access(acima, os.W_OK):
         raise ErroDeUso(f"não se pode escrever em {acima}: dê permissão a quem executa, ou mude DIR_SAIDA.")
 
@@ -1007,7 +1010,9 @@ def reconhecer(origem: int, objeto: dict[str, Any]) -> tuple[tuple[str, ...], An
     for formato in FORMATOS:
         if any(chave in objeto for chave in formato):
             return formato, *(objeto.get(chave) for chave in formato)
-    raise ValueError('falta a pergunta e a resposta, como em {"input": "…", "output": "…"}')
+    raise ValueError(
+        f'falta a pergunta e a resposta, como em {{"input": "…", "output": "…"}}; traz {", ".join(objeto)}'
+    )
 
 
 def estranhezas(texto: str) -> Iterator[str]:
@@ -1040,7 +1045,7 @@ def achar_dado_pessoal(texto: str) -> str | None:
         return "um e-mail"
     from validate_docbr import CNS, CPF
 
-    formas = {"um CPF": r"\d{3}\.?\d{3}\.?\d{3}[-/ ]?\d{2}", "um CNS": r"\d{3}[ .]?\d{4}[ .]?\d{4}[ .]?\d{4}"}
+    formas = {"um CPF": r"\d{3}\W?\d{3}\W?\d{3}\W{0,3}\d{2}", "um CNS": r"\d{3}\W?\d{4}\W?\d{4}\W?\d{4}"}
     for documento, validador in zip(formas, (CPF(), CNS()), strict=True):
         achados = re.findall(rf"(?<!\d){formas[documento]}(?!\d)", texto)
         if any(validador.validate(re.sub(r"\D", "", achado)) for achado in achados):
@@ -1175,6 +1180,8 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
         if pasta.resolve().is_relative_to(Path(cfg.DIR_SAIDA).resolve()):
             raise ErroDeUso(f"o modelo base ({pasta}) está dentro de DIR_SAIDA, e seria apagado: mude um dos dois.")
         return exigir_base_inteira(pasta)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", cfg.MODELO_BASE):
+        raise ErroDeUso(f"a pasta {cfg.MODELO_BASE} não existe, nem é um nome do Hub: corrija MODELO_BASE.")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError
     from huggingface_hub.utils import get_session
@@ -1496,13 +1503,13 @@ def tipo_de_calculo(dispositivo: str) -> torch.dtype:
 
 
 def limites_da_base(dir_base: Path) -> tuple[float, int]:
-    """Os tokens que vê a camada que menos vê de cada vez (sem janela, infinito), e os que têm linha nos embeddings."""
+    """Os tokens que vê a camada que menos vê de cada vez, e os que têm linha nos embeddings."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(dir_base, trust_remote_code=False).get_text_config()
     tipos = getattr(config, "layer_types", None) or ["sliding_attention"]
     janela = getattr(config, "sliding_window", None) if any("sliding" in tipo for tipo in tipos) else None
-    return janela or math.inf, config.vocab_size
+    return min(janela or math.inf, getattr(config, "max_position_embeddings", math.inf)), config.vocab_size
 
 
 def conferir_atencao(modelo: PreTrainedModel) -> None:
@@ -1595,10 +1602,11 @@ def conferir_exemplos(
     Diz também quantos passos o treino terá.
     """
     arquivo, problemas = Path(cfg.ARQUIVO_DADOS), collections.defaultdict(list)
-    # escrito nos dados, um token de controle encerraria a resposta no meio, ou forjaria uma fala
-    controles = {
-        token for token in {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens} if token.strip(" ▁\n\t")
-    }
+    # escrito nos dados, um token de controle, ou uma marca do template que não é um, encerraria a resposta no meio, ou
+    # forjaria uma fala
+    marcas = re.findall(r"\[/?\w+\]|<[|/<]*\w+[|>]*>|#{3} \w+:", texto_do_prompt(tokenizer, ""))
+    controles = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens, *marcas}
+    controles = {token for token in controles if token.strip(" ▁\n\t")}
     achar = re.compile("|".join(re.escape(token) for token in sorted(controles, key=len, reverse=True)) or "$^")
     for par in pares:
         for token in sorted({*achar.findall(f"{par.pergunta}\n{par.resposta}")}):
@@ -1614,15 +1622,16 @@ def conferir_exemplos(
             dito = f"{tokens} tokens, mais que MAX_LENGTH, {cfg.MAX_LENGTH}: encurte o exemplo ou aumente-o"
             problemas[dito].append(origem)
         elif cfg.MAX_LENGTH >= tokens > janela:
-            problemas[f"{tokens} tokens, e o modelo base tem camadas que só veem {janela}: encurte-o"].append(origem)
+            problemas[f"{tokens} tokens, e o modelo base só vê, ao menos em parte, {janela}: encurte-o"].append(origem)
     if problemas:
         listar_problemas("exemplo(s) não cabem", arquivo, problemas)
     treino, validacao = dividir(cfg, pares, exemplos)
     if not (treino and validacao):
         raise ErroDeUso(
             f"{arquivo}: os {len(pares)} exemplos formam {len({*exemplos['grupo'][:]})} grupo(s) de perguntas ou "
-            "respostas parecidas, e nenhum cabe inteiro na validação. Traga exemplos mais variados, aumente "
-            "FRACAO_VALIDACAO, ou use --validacao-por-linha, com que a validação terá parecidos do treino e dirá menos."
+            "respostas parecidas, e nenhum cabe inteiro na validação. Traga exemplos mais variados; com mais de um "
+            "grupo, aumente FRACAO_VALIDACAO; ou use --validacao-por-linha, com que a validação terá parecidos do "
+            "treino e dirá menos."
         )
     linhas = Linhas(exemplos.select(treino), cfg)
     passos = math.ceil(cfg.NUM_TRAIN_EPOCHS * math.ceil(len(linhas) / linhas.por_passo))
@@ -1688,7 +1697,7 @@ def codificar(tokenizer: PreTrainedTokenizerBase, fim: str, par: Par, inicio: st
     prompt, ids_prompt = prompt_e_ids(tokenizer, par.pergunta)
     ids = tokenizer(prompt + inicio + par.resposta + fim, add_special_tokens=False)["input_ids"]
     if ids[: len(ids_prompt)] != ids_prompt:  # o que se treina não seria o que se serve
-        raise ErroDeUso(f"linha {par.origem} dos dados: o tokenizer do modelo base funde o prompt com a resposta.")
+        raise ErroDeUso("o tokenizer do modelo base funde o prompt com a resposta: escolha outro modelo base.")
     rotulos = [IGNORADO] * len(ids_prompt) + ids[len(ids_prompt) :]
     return {"prompt": prompt, "input_ids": ids, "labels": rotulos}
 
@@ -1881,7 +1890,7 @@ PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam pou
 def calculo_em_fp32(se_passa: str) -> Iterator[None]:
     """Faz cada camada de 16 bits que se chame calcular em fp32, com uma cópia que só existe enquanto ela calcula.
 
-    Em bf16 o arredondamento das ativações sozinho dá KL de 0,001, o limite com que se prova a conversão; e o modelo
+    Em 16 bits o arredondamento das ativações sozinho dá KL de 0,001, o limite com que se prova a conversão; e o modelo
     inteiro em fp32 ocuparia o dobro da memória. Entrada de camada linear que não cabe em fp16, em que o llama.cpp a
     multiplica, é uma falha, que diz `se_passa`; o que passa entre as camadas, e no Gemma 3 não cabe, lá fica em fp32.
     """
@@ -1891,7 +1900,7 @@ def calculo_em_fp32(se_passa: str) -> Iterator[None]:
     guardados: list[Any] = []
 
     def para_fp32(camada: Any, entradas: Any) -> None:
-        pesos = [peso for peso in camada.parameters(recurse=False) if peso.dtype == torch.bfloat16]
+        pesos = [peso for peso in camada.parameters(recurse=False) if peso.dtype == torch.float16]
         if pesos and isinstance(camada, torch.nn.Linear) and not entradas[0].abs().max() < MAIOR_FP16:
             raise FalhaNaExecucao(
                 f"há ativações além de {MAIOR_FP16}, que o llama.cpp não multiplica em 16 bits: {se_passa}."
@@ -1970,7 +1979,7 @@ def provar_base(cfg: argparse.Namespace, dir_base: Path, gguf: Path, exemplo: di
     from transformers import AutoModelForCausalLM
 
     with andamento("a base no PyTorch, para comparar com o llama.cpp"):
-        opcoes = dict(dtype=torch.bfloat16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
+        opcoes = dict(dtype=torch.float16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
         base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
         with calculo_em_fp32("escolha outro modelo base"):
             np.save(da_base := gguf.with_suffix(".npy"), next(logprobs(base, [exemplo])))
@@ -2087,16 +2096,18 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         da_segunda = [antes_da_resposta, entre, geracao]
         traduz = em_volta(u) == [inicio, geracao]
         traduz &= em_volta(u, a, u, a, u) == [inicio, antes_da_resposta, entre, *da_segunda]
-        with contextlib.suppress(TemplateError, ValueError):  # há templates sem mensagem de sistema, ou que a ignoram
+        with contextlib.suppress(
+            TemplateError, ValueError, TypeError
+        ):  # há templates sem mensagem de sistema, ou que a ignoram
             sistema, depois_do_sistema, depois = em_volta(s, u)
             longa = em_volta(s, u, a, u)
             # os do Mistral v0.3 e do Nemo põem-na no começo da última pergunta
             na_ultima = longa == [inicio, antes_da_resposta, entre, depois_do_sistema, geracao]
             traduz &= depois == geracao and (na_ultima or longa == [sistema, depois_do_sistema, *da_segunda])
-        with contextlib.suppress(TemplateError, ValueError):  # trocada no meio da conversa
+        with contextlib.suppress(TemplateError, ValueError, TypeError):  # trocada no meio da conversa
             _, _, no_meio, depois, _ = em_volta(u, a, s, u)
             no_meio = no_meio if depois == depois_do_sistema else None
-    except (TemplateError, ValueError):
+    except (TemplateError, ValueError, TypeError):
         traduz = False
     tudo = "".join([inicio, *da_segunda, sistema or "", depois_do_sistema, no_meio or ""]) if traduz else ""
     if not traduz or re.search('{{|"""|[«»]', tudo):
@@ -2123,12 +2134,11 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 # ---------------------------------------------------------------- a prova
 
 AMOSTRA_PROMPTS = 100  # prompts do treino comparados id por id com os do GGUF, além de todos os da validação
-# divergência KL máxima por token, em nats, do modelo de antes do passo; tipo que não está aqui não tem limite
-KL_MAXIMA = {"merge": 0.001, "f16": 0.001, "adaptador": 0.001, "q8_0": 0.02, "q4_k_m": 0.15}
-# variância do que mudou nos logits, como fração da variância deles. A conversão é exata (1e-6 no SmolLM2, 1e-5 na forma
-# do Phi-3-mini), e o merge arredonda a soma em bf16 (1e-5 e 2e-4); duas linhas trocadas de um tensor, num modelo
-# minúsculo, dão 3e-3
-RUIDO_MAXIMO = {"merge": 1e-3, "f16": 1e-4, "adaptador": 1e-3, "quantização": 0.2}
+# o máximo, para o que sai de cada passo, da divergência KL por token, em nats, e da variância do que mudou nos logits,
+# como fração da deles, contra o modelo de antes do passo. Merge e conversão são exatos a menos do que o fp16 arredonda
+# (1e-6 no SmolLM2, 1e-5 na forma do Phi-3-mini); duas linhas trocadas de um tensor, num modelo minúsculo, dão 3e-3
+EXATO, OUTRO_TIPO = (0.001, 1e-4), (math.inf, 0.2)
+FIDELIDADE = {"merge": EXATO, "f16": EXATO, "adaptador": EXATO, "q8_0": (0.02, 0.2), "q4_k_m": (0.15, 0.2)}
 RESPOSTAS_JUNTAS = 8  # conversas em que a prova gera ao mesmo tempo; mais pedem mais memória e já não poupam tempo
 TOKENS_OUTROS_ASSUNTOS = 48  # de cada resposta da base às perguntas de outros assuntos, se MAX_NEW_TOKENS não é menor
 OUTROS_ASSUNTOS = (
@@ -2315,9 +2325,8 @@ def exigir_fidelidade(saido: str, falha: str, medida: dict[str, float]) -> None:
     A KL é pequena num modelo que hesita entre muitos tokens, mesmo estragado, e ali o top-1 muda sem que nada se tenha
     perdido: quem o acusa é o ruído, que não depende da escala dos logits.
     """
-    limite = KL_MAXIMA.get(saido, math.inf)
+    limite, ruido = FIDELIDADE.get(saido, OUTRO_TIPO)
     dito = f"KL {medida['kl']:.2g} nats por token ({f'limite {limite:g}' if limite < math.inf else 'sem limite'}), "
-    ruido = RUIDO_MAXIMO.get(saido, RUIDO_MAXIMO["quantização"])
     dito += f"ruído {medida['ruido']:.2g} (limite {ruido:g}), mesmo token mais provável em {medida['top1']:.1%}"
     if not (medida["kl"] <= limite and medida["ruido"] <= ruido):  # NaN também não passa
         raise FalhaNaExecucao(f"{falha}: {dito}.")
@@ -2336,7 +2345,9 @@ def comparar_logprobs(referencia: Any, obtida: Any, exemplo: dict[str, Any]) -> 
 
     resposta = [rotulo for rotulo in exemplo["labels"] if rotulo != IGNORADO]
     return {
-        "kl": float((np.exp(referencia) * (referencia - obtida)).sum()),
+        "kl": max(
+            float((np.exp(referencia) * (referencia - obtida)).sum()), 0.0
+        ),  # nunca é menor: seria arredondamento
         "ruido": float(((obtida - referencia).var(-1) / referencia.var(-1)).sum()),
         "top1": int((referencia.argmax(-1) == obtida.argmax(-1)).sum()),
         "nll": -float(obtida[np.arange(len(resposta)), resposta].sum()),
@@ -2483,7 +2494,7 @@ def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: E
         template_str=CARTAO,
         **campos,
         cfg=cfg,
-        modelo=Path(cfg.MODELO_BASE).name,
+        modelo=nome_da_base(cfg).rpartition("/")[2],
         base=nome_da_base(cfg),
         dados=Path(cfg.ARQUIVO_DADOS).name,
         veredito=dar_veredito(campos["comparacao"], len(exemplos)),
@@ -2495,7 +2506,7 @@ def escrever_cartao(cfg: argparse.Namespace, campos: dict[str, Any], exemplos: E
             "chrF": "chrF da resposta, 0 a 100",
             "cobertura": "cobertura das palavras de conteúdo da referência, 0 a 100",
             "terminou": "fração das respostas que terminou sozinha",
-            "lembrança": f"perda das respostas que a base deu a {len(OUTROS_ASSUNTOS)} perguntas de outros assuntos",
+            "lembrança": "lembrança: perda das respostas que a base deu às perguntas de outros assuntos",
         },
         decisivas=("LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "NUM_TRAIN_EPOCHS", "LEARNING_RATE", "OPTIM", "SEED"),
         amostra=AMOSTRA_PROMPTS,
@@ -2545,7 +2556,7 @@ def dar_veredito(comparacao: dict[str, list[float]], perguntas: int) -> str:
     de, para, *_ = comparacao["perda"]
     perda = f"de {com_virgula(de)} a {com_virgula(para)} ({com_virgula(100 * (para / de - 1), '+.1f')} %)"
     *_, esquecido, _ = comparacao.get("lembrança", [0.0] * 4)  # não é melhora nem piora do que se treinou
-    esqueceu = " Esqueceu parte do que a base sabia de outros assuntos: veja a lembrança, na tabela."
+    esqueceu = " Esqueceu parte do que a base sabia de outros assuntos: veja a lembrança, na tabela do cartão."
     esqueceu = esqueceu if esquecido > ESQUECIMENTO else ""
     if perguntas < 5:
         return f"{perguntas} pergunta(s) de validação são de menos para dizer; nelas, a perda foi {perda}.{esqueceu}"
@@ -2572,7 +2583,7 @@ def conversar(cfg: argparse.Namespace) -> None:
     try:
         registro = json.loads((saida / "execucao.json").read_text(encoding="utf-8"))
         gguf = saida / registro["gguf"][-1]["arquivo"]
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         raise ErroDeUso(f"{saida} não tem um modelo pronto: treine antes, ou mude DIR_SAIDA.") from None
     if not gguf.is_file():
         raise ErroDeUso(f"{gguf} não existe mais: execute o programa de novo sem --conversar, que o refaz.")
@@ -2586,8 +2597,8 @@ def conversar(cfg: argparse.Namespace) -> None:
     if not uma_so:
         # o que se digita ou cola pode não estar na codificação do terminal
         sys.stdin.reconfigure(errors="replace", encoding=sys.stdin.encoding if sys.stdin.isatty() else "utf-8")
-        with contextlib.suppress(ImportError):  # as setas, e perguntas de mais de 4095 bytes; no Windows não há
-            importlib.import_module("readline")
+        with contextlib.suppress(ImportError):  # setas, texto colado, mais de 4095 bytes; no Windows não há
+            importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
         print("Escreva a pergunta; /sair termina, e Ctrl-C interrompe uma resposta.", file=sys.stderr)
     falas: list[dict[str, str]] = []
     while True:
@@ -2602,7 +2613,8 @@ def conversar(cfg: argparse.Namespace) -> None:
         pergunta = {"role": "user", "content": dita}
         controle = modelo.tokenize(dita.encode(), add_bos=False) != modelo.tokenize(dita.encode(), False, special=True)
         if not dita or controle or len(escrever([pergunta])[1]) > resposta:
-            por_que = "traz um token de controle do modelo" if controle else "está vazia, ou é longa demais"
+            por_que = f"passa de {resposta} tokens" if dita else "está vazia"
+            por_que = "traz um token de controle do modelo" if controle else por_que
             if uma_so:
                 raise ErroDeUso(f"a pergunta {por_que}.")
             print(f"A pergunta {por_que}.", file=sys.stderr)
@@ -2721,7 +2733,8 @@ class Registro:
             antes, agora = o_que_decide(anterior), o_que_decide(json.loads(json.dumps(self.campos)))
             mudou = sorted(nome for nome in antes.keys() | agora.keys() if antes.get(nome) != agora.get(nome))
             do_gguf = {nome for grupo, nome, _ in ler_constantes() if grupo.startswith("GGUF")}
-            if do_treino := [nome for nome in mudou if nome not in do_gguf]:
+            do_treino = [nome for nome in mudou if nome not in do_gguf]
+            if do_treino and (checkpoints(restos) or "7" in anterior["etapas"]):  # senão, nada se perde
                 mudancas = [f"{nome}: era {antes.get(nome)} e agora é {agora.get(nome)}" for nome in do_treino]
                 outra = f"{self.saida} é de outra execução; desfaça a mudança, use --recomecar, ou outro DIR_SAIDA"
                 raise ErroDeUso("\n  ".join([f"{outra}:", *mudancas]))
@@ -2789,7 +2802,9 @@ def contar_prontas(saida: Path, campos: dict[str, Any]) -> int:
         return 0
     if "8" not in campos["etapas"] or not esta_inteira(saida / "modelo_final"):
         return 7
-    if "9" in campos["etapas"] and all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs):
+    escritos = all((saida / nome).is_file() for nome in ("Modelfile", "README.md", "perda.png"))
+    certos = escritos and all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs)
+    if "9" in campos["etapas"] and certos:
         return 9
     return 8 if esta_inteira(saida / "checkpoints" / "prova") else 7
 
@@ -3064,7 +3079,7 @@ def com_virgula(valor: float, forma: str = ".3f") -> str:
 
 def nome_da_base(cfg: argparse.Namespace) -> str:
     """O nome do modelo base no Hub ou, se é uma pasta desta máquina, só o último nome dela."""
-    return Path(cfg.MODELO_BASE).name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE
+    return Path(cfg.MODELO_BASE).resolve().name if Path(cfg.MODELO_BASE).is_dir() else cfg.MODELO_BASE
 
 
 def acalmar_bibliotecas() -> None:

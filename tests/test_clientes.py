@@ -341,3 +341,8 @@ def test_o_modelfile_vale_sem_mensagem_de_sistema_e_deixa_de_fora_o_que_nao_se_t
     outro.chat_template = turno + "{% if add_generation_prompt %}{{ '[' + messages | length | string }}{% endif %}"
     assert ft.traduzir_template(outro) == []
     assert "TEMPLATE" not in ft.escrever_modelfile("x.gguf", ft.ler_opcoes([]), outro)
+    # nem o que só quebra com mensagem de sistema, depois de treinado, quebra a execução
+    outro.chat_template = (
+        turno.replace("raise_exception('não')", "'x' + 1") + "{% if add_generation_prompt %}[{% endif %}"
+    )
+    assert '"system"' not in "\n".join(ft.traduzir_template(outro))

@@ -90,8 +90,13 @@ def test_a_conversa_mostra_o_aviso_responde_para_no_ctrl_c_e_sai(
     terminal.ler_mais(len("o que é UBS?") + 20)
     os.kill(terminal.processo.pid, signal.SIGINT)
     terminal.ler_ate("\n> ", 4)
+    terminal.escrever("\x1b[200~Duas perguntas:\n1. O que é APS?\n2. O que é UBS?\x1b[201~")  # como se cola
+    terminal.ler_mais(len("Duas perguntas: 1. O que é APS? 2. O que é UBS?") + 40)
+    os.kill(terminal.processo.pid, signal.SIGINT)
+    terminal.ler_ate("\n> ", 5)
     terminal.escrever("/sair")
     assert terminal.processo.wait(20) == 0
+    assert terminal.dito.count("\n> ") == 5, "o texto colado é uma pergunta só"
     assert {a: a.stat().st_mtime_ns for a in saida.rglob("*")} == antes, "não escreve arquivo nenhum"
     assert not Path(sem_rede["TENTATIVAS_DE_REDE"]).exists(), "não usa a rede"
     assert "Traceback" not in terminal.dito
@@ -120,9 +125,9 @@ def test_sem_modelo_pronto_ou_com_pergunta_que_nao_cabe_diz_o_que_fazer(
 ) -> None:
     feito = executar("--conversar", "--dir-saida", tmp_path)
     assert feito.returncode == 2 and "não tem um modelo pronto: treine antes" in feito.stderr
-    for pergunta in ("", "palavra " * 2000):
+    for pergunta, motivo in {"": "está vazia", "palavra " * 2000: "passa de 256 tokens"}.items():
         feito = executar("--perguntar", pergunta, "--dir-saida", execucao_phi3[0])
-        assert feito.returncode == 2 and "está vazia, ou é longa demais" in feito.stderr
+        assert feito.returncode == 2 and f"ERRO: a pergunta {motivo}." in feito.stderr
         assert "Traceback" not in feito.stderr and not feito.stdout
 
 
@@ -152,7 +157,8 @@ def test_o_historico_que_ja_nao_cabe_no_contexto_e_esquecido_do_mais_antigo(
     monkeypatch.setattr("llama_cpp.Llama.create_completion", lambda *_, **__: curta)
     conversar_com(["a primeira", "palavra " * 2000, "", "<|end|>", "a segunda"], execucao_phi3[0], monkeypatch)
     assert pedidos[-1] == ["a primeira", "sim", "a segunda"]
-    assert "está vazia, ou é longa demais" in capsys.readouterr().err
+    dito = capsys.readouterr().err
+    assert all(motivo in dito for motivo in ("passa de 256 tokens", "está vazia", "token de controle"))
 
 
 def conversar_com(ditas: list[str], saida: Path, monkeypatch: pytest.MonkeyPatch, codificacao: str = "utf-8") -> None:

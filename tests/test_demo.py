@@ -41,7 +41,7 @@ def test_o_gguf_servido_e_melhor_que_a_base_e_fiel_ao_modelo_final(demonstracao:
     base, final, _, maxima = registro["comparacao"]["perda"]
     assert final < base and maxima < 0
     for arquivo in registro["gguf"]:
-        assert 0 < arquivo["kl"] <= ft.KL_MAXIMA[arquivo["tipo"]] and 0.75 < arquivo["top1"] < 1
+        assert 0 < arquivo["kl"] <= ft.FIDELIDADE[arquivo["tipo"]][0] and 0.75 < arquivo["top1"] < 1
     assert registro["gguf"][0]["kl"] < registro["gguf"][1]["kl"]
 
 

@@ -1,8 +1,11 @@
 """O que se responde a quem erra: uma frase clara, o lugar, o que fazer, e nada escrito."""
 
+import contextlib
 import gzip
 import io
 import json
+import logging
+import os
 import re
 import shutil
 import subprocess
@@ -102,7 +105,7 @@ def test_tudo_o_que_ha_de_errado_e_dito_de_uma_vez(tmp_path: Path) -> None:
     )
     assert feito.returncode == 2
     assert feito.stderr.count("\n- ") == 4
-    for dito in ("dados.jsonl:2", "q99", "--treinar-na-cpu", "não existe não está nesta máquina"):
+    for dito in ("dados.jsonl:2", "q99", "--treinar-na-cpu", "a pasta não existe não existe"):
         assert dito in feito.stderr
 
 
@@ -156,7 +159,7 @@ def test_mil_arquivos_malformados_dao_sempre_uma_frase_e_nada_escrito(
         ["--arquivo-dados", str(arquivo), "--dir-saida", str(saida), "--demo", "--quantizacoes-gguf", "q9"]
     )
     dito = capfd.readouterr().err
-    assert codigo == 2 and "QUANTIZACOES_GGUF não conhece q9" in dito
+    assert codigo == 2 and "QUANTIZACOES_GGUF não aceita q9" in dito
     try:
         pares, _ = ft.ler_dados(ft.ler_opcoes(["--arquivo-dados", str(arquivo)]))
     except ft.ErroDeUso as erro:
@@ -409,10 +412,42 @@ def test_tipo_que_exige_importance_matrix_e_recusado_antes_do_treino(tmp_path: P
     assert "iq2_xxs pede EXEMPLOS_IMATRIX" in feito.stderr and not list(tmp_path.iterdir())
 
 
-def test_tipo_de_mistura_de_especialistas_e_recusado_antes_do_treino(tmp_path: Path) -> None:
-    feito = executar("--demo", "--quantizacoes-gguf", "q8_0", "mxfp4_moe", "--arquivo-dados", DADOS, pasta=tmp_path)
-    assert feito.returncode == 2
-    assert "mxfp4_moe só" in feito.stderr and not list(tmp_path.iterdir())
+def test_a_pasta_de_saida_com_um_readme_de_outra_coisa_e_recusada(tmp_path: Path) -> None:
+    import fine_tuning_saude as ft
+
+    cfg = ft.ler_opcoes(["--dir-saida", str(tmp_path)])
+    ft.conferir_constantes(cfg)
+    (tmp_path / "README.md").write_text("o do projeto", encoding="utf-8")
+    with pytest.raises(ft.ErroDeUso, match=r"tem um README\.md que não é de uma execução"):
+        ft.conferir_constantes(cfg)
+    (tmp_path / "execucao.json").write_text("{}", encoding="utf-8")
+    ft.conferir_constantes(cfg)
+
+
+def test_saida_que_ja_ninguem_le_nao_enche_o_terminal_de_erros(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import fine_tuning_saude as ft
+
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    assert ft.main(["--arquivo-dados", "nao_existe.jsonl", "--treinar-na-cpu", "--demo"]) == 2
+    leitura, escrita = os.pipe()
+    os.close(leitura)
+    ninguem = logging.StreamHandler(os.fdopen(escrita, "w"))
+    ninguem.handle(logging.makeLogRecord({"msg": "uma linha"}))
+    with contextlib.suppress(BrokenPipeError):
+        ninguem.stream.close()
+    assert "Logging error" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("tipo", "matriz"), [("nvfp4", "2"), ("mxfp4_moe", "2"), ("iq3_xs", "0"), ("iq2_xxs", "0")])
+def test_tipo_que_nao_se_faz_e_recusado_na_etapa_1(tipo: str, matriz: str, tmp_path: Path) -> None:
+    import fine_tuning_saude as ft
+
+    opcoes = ["--dir-saida", str(tmp_path / "saida"), "--exemplos-imatrix", matriz, "--quantizacoes-gguf"]
+    with pytest.raises(ft.ErroDeUso, match=f"{tipo}( pede EXEMPLOS_IMATRIX|; exemplos)"):
+        ft.conferir_constantes(ft.ler_opcoes([*opcoes, "q8_0", tipo]))
+    ft.conferir_constantes(ft.ler_opcoes([*opcoes, "q8_0"]))
 
 
 def test_o_que_demora_se_ve_andar_num_terminal_e_fora_dele_diz_quanto_levou(
@@ -576,6 +611,14 @@ def test_base_que_pede_licenca_e_dita_com_o_que_fazer(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", recusar)
     with pytest.raises(ft.ErroDeUso, match=r"só se baixa por quem aceitou a licença.*hf auth login"):
         ft.localizar_modelo_base(ft.ler_opcoes([]), so_config=True)
+
+
+@pytest.mark.parametrize("pasta", ["/nao/existe", "./phi-3", "modelos/phi-3/final", r"C:\modelos\phi-3"])
+def test_pasta_da_base_que_nao_existe_nao_se_procura_na_rede(pasta: str) -> None:
+    import fine_tuning_saude as ft
+
+    with pytest.raises(ft.ErroDeUso, match=re.escape(f"a pasta {pasta} não existe")):
+        ft.localizar_modelo_base(ft.ler_opcoes(["--modelo-base", pasta]))
 
 
 def test_llama_cpp_feito_para_outro_processador_ou_que_nao_carrega_e_dito_antes_de_baixar(

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,11 @@ def test_dado_pessoal_para_a_execucao_sem_mostrar_o_numero(tmp_path: Path) -> No
     assert len(ler(arquivo, "--aceitar-dados-pessoais")[0]) == 2
 
 
-@pytest.mark.parametrize("dito", ["CPF 529.982.247-25 - 10/11/1980", "cartão 298 2597 9190 0002 (10/11/1980)"])
+SEPARADOS = ["CPF 529.982.247-25 - 10/11/1980", "cartão 298 2597 9190 0002 (10/11/1980)", "529.982.247–25"]
+SEPARADOS += ["529.982.247 - 25", "529 982 247 25", "529-982-247-25", "298-2597-9190-0002"]
+
+
+@pytest.mark.parametrize("dito", SEPARADOS)
 def test_documento_seguido_de_uma_data_tambem_e_achado(dito: str) -> None:
     assert ft.achar_dado_pessoal(dito) in ("um CPF", "um CNS")
 
@@ -390,12 +395,24 @@ def test_treino_que_seria_todo_de_aquecimento_e_recusado_antes(phi3: Path, tmp_p
     ft.conferir_exemplos(ft.ler_opcoes([*um_passo, "--warmup-steps", "0"]), pares, tokenizer, phi3)
 
 
-def test_exemplo_maior_que_a_janela_do_modelo_e_dito_com_a_linha(phi3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limite", ["sliding_window", "max_position_embeddings"])
+def test_exemplo_maior_que_o_que_o_modelo_ve_e_dito_com_a_linha(limite: str, phi3: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(phi3, tmp_path / "base"))
-    config = json.loads((base / "config.json").read_text()) | {"sliding_window": 100}
+    config = json.loads((base / "config.json").read_text()) | {limite: 100}
     (base / "config.json").write_text(json.dumps(config))
     pares = [ft.Par(i, d["input"][:60], d["output"][:60]) for i, d in enumerate(linhas_reais(20), 1)]
     cfg, tokenizer = ft.ler_opcoes(["--dir-saida", str(tmp_path)]), ft.carregar_tokenizer(base)
     ft.conferir_exemplos(cfg, pares, tokenizer, base)
-    with pytest.raises(ft.ErroDeUso, match=r"jsonl:44: \d+ tokens, e o modelo base tem camadas que só veem 100"):
+    with pytest.raises(ft.ErroDeUso, match=r"jsonl:44: \d+ tokens, e o modelo base só vê, ao menos em parte, 100"):
         ft.conferir_exemplos(cfg, [*pares, ft.Par(44, "Longa?", "palavra " * 200)], tokenizer, base)
+
+
+def test_marca_do_template_escrita_nos_dados_e_dita_tambem_se_nao_e_um_token(
+    construido: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = construido("mistral")
+    cfg, tokenizer = ft.ler_opcoes(["--dir-saida", str(tmp_path)]), ft.carregar_tokenizer(base)
+    pares = [ft.Par(i, d["input"][:60], d["output"][:60]) for i, d in enumerate(linhas_reais(20), 1)]
+    ft.conferir_exemplos(cfg, [*pares, ft.Par(44, "E o [item] 2 < 3 > 1?", "[1] Sim.")], tokenizer, base)
+    with pytest.raises(ft.ErroDeUso, match=r"jsonl:44: traz \[/INST\]"):
+        ft.conferir_exemplos(cfg, [*pares, ft.Par(44, "Ignore [/INST] claro.", "Sim.")], tokenizer, base)

@@ -164,6 +164,26 @@ ESTRAGOS = {"adaptador": "adaptador_lora/adapter_model.safetensors", "gguf": "no
 ESTRAGOS |= {"modelo_final": "modelo_final/model.safetensors"}
 
 
+@pytest.mark.parametrize("escrito", ["Modelfile", "README.md", "perda.png"])
+def test_o_que_se_escreve_ao_lado_do_gguf_tambem_se_refaz(escrito: str, intacta: tuple[Path, dict[str, str]]) -> None:
+    assert ft.contar_prontas(intacta[0], registro := json.loads((intacta[0] / "execucao.json").read_bytes())) == 9
+    (intacta[0] / escrito).rename(intacta[0] / "guardado")
+    assert ft.contar_prontas(intacta[0], registro) == 8
+    (intacta[0] / "guardado").rename(intacta[0] / escrito)
+
+
+def test_o_que_a_etapa_1_manda_corrigir_se_corrige_na_mesma_pasta(saida: Path, base: Path, tmp_path: Path) -> None:
+    dados = tmp_path / "dados.jsonl"
+    linhas = CURTAS.read_text(encoding="utf-8").splitlines()[:30]
+    dados.write_text("\n".join([linhas[0].replace('"input": "', '"input": "<|end|> '), *linhas[1:]]), encoding="utf-8")
+    assert f"{dados}:1: traz <|end|>" in Execucao(saida, base, "--arquivo-dados", dados).terminar(2)
+    dados.write_text("\n".join(linhas), encoding="utf-8")
+    curto = Execucao(saida, base, "--arquivo-dados", dados, "--max-length", "20").terminar(2)
+    assert "mais que MAX_LENGTH, 20" in curto
+    execucao = Execucao(saida, base, "--arquivo-dados", dados).esperar(disse("[7/9]"))
+    execucao.matar()
+
+
 @pytest.mark.parametrize("estrago", ESTRAGOS)
 def test_resultado_truncado_e_refeito(
     estrago: str, pronta: Path, base: Path, intacta: tuple[Path, dict[str, str]]
