@@ -1,5 +1,6 @@
 """A conversa no terminal com o GGUF que a execução entregou."""
 
+import contextlib
 import io
 import os
 import pty
@@ -90,11 +91,16 @@ def test_a_conversa_mostra_o_aviso_responde_para_no_ctrl_c_e_sai(
     terminal.ler_mais(len("o que é UBS?") + 20)
     os.kill(terminal.processo.pid, signal.SIGINT)
     terminal.ler_ate("\n> ", 4)
-    terminal.escrever("\x1b[200~Duas perguntas:\n1. O que é APS?\n2. O que é UBS?\x1b[201~")  # como se cola
+    colado = "Duas perguntas:\n1. O que é APS?\n2. O que é UBS?"
+    if "\x1b[?2004h" in terminal.dito:  # o terminal só marca o que se cola se o programa o pede
+        colado = f"\x1b[200~{colado}\x1b[201~"
+    terminal.escrever(colado)
     terminal.ler_mais(len("Duas perguntas: 1. O que é APS? 2. O que é UBS?") + 40)
     os.kill(terminal.processo.pid, signal.SIGINT)
     terminal.ler_ate("\n> ", 5)
     terminal.escrever("/sair")
+    with contextlib.suppress(OSError):  # até que o terminal se feche
+        terminal.ler_mais(1_000_000)
     assert terminal.processo.wait(20) == 0
     assert terminal.dito.count("\n> ") == 5, "o texto colado é uma pergunta só"
     assert {a: a.stat().st_mtime_ns for a in saida.rglob("*")} == antes, "não escreve arquivo nenhum"

@@ -108,7 +108,7 @@ SEPARADOS += ["529.982.247 - 25", "529 982 247 25", "529-982-247-25", "298-2597-
 
 
 @pytest.mark.parametrize("dito", SEPARADOS)
-def test_documento_seguido_de_uma_data_tambem_e_achado(dito: str) -> None:
+def test_documento_escrito_de_outros_modos_tambem_e_achado(dito: str) -> None:
     assert ft.achar_dado_pessoal(dito) in ("um CPF", "um CNS")
 
 
