@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         if not (explicacao := explicar(problema)):
             raise
         erro, codigo = explicacao, 1
-    if cfg.RECOMECAR and codigo != 2 and registro.campos["etapas"]:  # os checkpoints de antes já se apagaram
+    # os checkpoints de antes já se apagaram
+    if cfg.RECOMECAR and codigo != 2 and registro.campos["etapas"] and "--recomecar" not in erro:
         erro += " (sem --recomecar, que treinaria do início)"
     registro.falhar(erro)
     return codigo
@@ -317,6 +318,8 @@ def etapa_4_lora(cfg: argparse.Namespace, modelo: PreTrainedModel) -> PeftModel:
         lora_alpha=cfg.LORA_ALPHA,
         lora_dropout=cfg.LORA_DROPOUT,
         target_modules=conferir_alvos(cfg.LORA_TARGET_MODULES, modelo),
+        # da base que lê imagens, só o texto se treina e vai ao GGUF
+        exclude_modules=r".*(vision|multi_modal).*" if hasattr(modelo.config, "vision_config") else None,
     )
     torch.manual_seed(cfg.SEED)  # o Trainer só semeia depois, e os adaptadores nasceriam diferentes a cada execução
     try:
@@ -387,6 +390,7 @@ def etapa_6_argumentos(cfg: argparse.Namespace, preparo: Preparo, quantizacao: B
             logging_steps=cfg.LOGGING_STEPS,
             logging_nan_inf_filter=False,  # o filtro esperaria pela placa a cada lote
             accelerator_config={"non_blocking": preparo.dispositivo == "cuda"},
+            disable_tqdm=False,  # quem as cala é TQDM_DISABLE; True traria de volta as linhas do Trainer
             report_to=cfg.REPORT_TO,
             ddp_find_unused_parameters=False,
             seed=cfg.SEED,
@@ -665,7 +669,9 @@ def ler_constantes() -> list[tuple[str, str, str]]:
     """(grupo, nome, explicação) de cada constante do bloco do alto, na ordem em que está; o grupo é o título dele."""
     bloco = Path(__file__).read_text(encoding="utf-8").partition("\ndef main(")[0]
     grupo, constantes = "", []
-    for titulo, nome, explicacao in re.findall(r"^(?:# (.+)|([A-Z][A-Z0-9_]+) = .+?(?: +# (.+))?)$", bloco, re.M):
+    for titulo, nome, explicacao in re.findall(
+        r"^(?:# (?![A-Z_0-9]+ = )(.+)|([A-Z][A-Z0-9_]+) = .+?(?: +# (.+))?)$", bloco, re.M
+    ):
         grupo = titulo or grupo
         if nome:
             constantes.append((grupo, nome, explicacao))
@@ -715,7 +721,10 @@ def conferir_constantes(cfg: argparse.Namespace) -> None:
         raise ErroDeUso(f"a pasta {llama_cpp} não tem {faltam[0]}: apague-a, ou clone nela o llama.cpp.")
     saida = Path(cfg.DIR_SAIDA)
     if (saida / "README.md").exists() and not (saida / "execucao.json").exists():
-        raise ErroDeUso(f"{saida.absolute()} tem um README.md que não é de uma execução e se perderia: mude DIR_SAIDA.")
+        raise ErroDeUso(
+            f"{saida.absolute()} tem um README.md, que se perderia, e não o execucao.json de uma execução: tire-o de "
+            "lá, ou mude DIR_SAIDA."
+        )
     acima = primeira_que_existe(saida)
     if not acima.is_dir() or not os.access(acima, os.W_OK):
         raise ErroDeUso(f"não se pode escrever em {acima}: dê permissão a quem executa, ou mude DIR_SAIDA.")
@@ -1011,7 +1020,7 @@ def reconhecer(origem: int, objeto: dict[str, Any]) -> tuple[tuple[str, ...], An
         if any(chave in objeto for chave in formato):
             return formato, *(objeto.get(chave) for chave in formato)
     raise ValueError(
-        f'falta a pergunta e a resposta, como em {{"input": "…", "output": "…"}}; traz {", ".join(objeto)}'
+        f'falta a pergunta e a resposta, como em {{"input": "…", "output": "…"}}; traz {str([*objeto])[:80]}'
     )
 
 
@@ -1186,13 +1195,13 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
     from huggingface_hub.errors import GatedRepoError
     from huggingface_hub.utils import get_session
 
-    sem_rede = False  # então vale o que já foi baixado; perguntado sem rede, o huggingface_hub insiste por 25 s
+    sem_rede = ""  # senão, por quê; então vale o que já foi baixado: sem rede, o huggingface_hub insistiria por 25 s
     try:
         get_session().head(constants.ENDPOINT, timeout=4)  # o cliente com que ele baixa: confia no que ele confia
-    except Exception as erro:
-        sem_rede = type(erro).__name__ == "ConnectError"
+    except Exception as erro:  # pelo nome: de uma versão do Hub a outra, muda a biblioteca
+        sem_rede = str(erro)[:80] if type(erro).__name__ == "ConnectError" else ""
     arquivos = ["config.json"] if so_config else list(ARQUIVOS_DA_BASE)
-    opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=arquivos, local_files_only=sem_rede)
+    opcoes = dict(revision=cfg.REVISAO_MODELO_BASE or None, allow_patterns=arquivos, local_files_only=bool(sem_rede))
     try:
         pasta = Path(snapshot_download(cfg.MODELO_BASE, **opcoes))
     except GatedRepoError:
@@ -1206,8 +1215,9 @@ def localizar_modelo_base(cfg: argparse.Namespace, so_config: bool = False) -> P
         revisao = f" --revision {cfg.REVISAO_MODELO_BASE}" if cfg.REVISAO_MODELO_BASE else ""
         raise ErroDeUso(
             f"o modelo base {cfg.MODELO_BASE} não está nesta máquina e não foi possível baixá-lo "
-            f"({type(erro).__name__}). Confira nome, revisão e rede, e execute de novo, que continua; ou baixe-o em "
-            f"outra máquina com `hf download {cfg.MODELO_BASE}{revisao} --local-dir PASTA` e use --modelo-base PASTA."
+            f"({sem_rede or type(erro).__name__}). Confira nome, revisão e rede, e execute de novo, que continua; ou "
+            f"baixe-o em outra máquina com `hf download {cfg.MODELO_BASE}{revisao} --local-dir PASTA` e use "
+            "--modelo-base PASTA."
         ) from erro
     return pasta if so_config else exigir_base_inteira(pasta)
 
@@ -1246,7 +1256,7 @@ def exigir_base_inteira(pasta: Path) -> Path:
 
 # por peso, em NF4 com dupla quantização: meio byte, e um por bloco de 64 e quatro por 256 blocos
 BYTES_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-RAM_DO_MERGE = 1.2  # vezes os pesos de 16 bits; `tests/medir_merge.py` mediu 1,18
+RAM_DO_MERGE = 1.3  # vezes os pesos de 16 bits; `tests/medir_merge.py` mediu 1,28
 
 
 def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str) -> tuple[int, bool]:
@@ -1289,9 +1299,9 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     treinado = not cfg.RECOMECAR and (saida / "adaptador_lora" / SOMAS).is_file()
     if 0.9 * memoria[recalculadas] > livre and not treinado:  # a estimativa pode errar por 10 %
         problemas.append(
-            f"o treino pede cerca de {memoria[recalculadas] / GiB:.1f} GiB de memória ({memoria[-1] / GiB:.1f} com "
-            f"GRADIENT_CHECKPOINTING sim) e há {livre / GiB:.1f} livres: feche outros programas, use uma base menor (o "
-            "README diz qual cabe) ou baixe MAX_TOKENS_POR_LINHA, que poupa menos."
+            f"o treino pede cerca de {memoria[recalculadas] / GiB:.1f} GiB de memória e há {livre / GiB:.1f} livres "
+            f"({memoria[-1] / GiB:.1f} bastam com GRADIENT_CHECKPOINTING sim, ou auto): feche outros programas, use "
+            "uma base menor (o README diz qual cabe) ou baixe MAX_TOKENS_POR_LINHA, que poupa menos."
         )
     if (do_merge := RAM_DO_MERGE * em_16_bits) > ram.total:
         ha = f"há {ram.total / GiB:.1f}: use uma base menor, ou outra máquina"
@@ -1610,7 +1620,7 @@ def conferir_exemplos(
     achar = re.compile("|".join(re.escape(token) for token in sorted(controles, key=len, reverse=True)) or "$^")
     for par in pares:
         for token in sorted({*achar.findall(f"{par.pergunta}\n{par.resposta}")}):
-            problemas[f"traz {token}, um token de controle ou só deste modelo base; reescreva-o"].append(par.origem)
+            problemas[f"traz {token}, um token ou marca de controle deste modelo base; reescreva-o"].append(par.origem)
     if problemas:
         listar_problemas("linha(s) com problema nos dados; corrija-as e execute de novo", arquivo, problemas)
     exemplos, (janela, com_linha) = codificar_dados(cfg, pares, tokenizer), limites_da_base(dir_base)
@@ -1897,7 +1907,7 @@ def calculo_em_fp32(se_passa: str) -> Iterator[None]:
     import torch
     from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-    guardados: list[Any] = []
+    guardados: dict[Any, list[Any]] = {}
 
     def para_fp32(camada: Any, entradas: Any) -> None:
         pesos = [peso for peso in camada.parameters(recurse=False) if peso.dtype == torch.float16]
@@ -1905,14 +1915,13 @@ def calculo_em_fp32(se_passa: str) -> Iterator[None]:
             raise FalhaNaExecucao(
                 f"há ativações além de {MAIOR_FP16}, que o llama.cpp não multiplica em 16 bits: {se_passa}."
             )
-        guardados.extend((peso, peso.data) for peso in pesos)
+        guardados[camada] = [(peso, peso.data) for peso in pesos]
         for peso in pesos:
             peso.data = peso.data.float()
 
-    def de_volta(*_: Any) -> None:
-        for peso, valores in guardados:
+    def de_volta(camada: Any, *_: Any) -> None:
+        for peso, valores in guardados.pop(camada, ()):
             peso.data = valores
-        guardados.clear()
 
     with register_module_forward_pre_hook(para_fp32), register_module_forward_hook(de_volta):
         yield
@@ -1961,7 +1970,7 @@ def logprobs(modelo: Any, exemplos: Exemplos) -> Iterator[Any]:
 def garantir_gguf_da_base(
     cfg: argparse.Namespace, conversor: Path, dir_base: Path, somas: dict[str, str], exemplos: Dataset
 ) -> Path:
-    """A base em GGUF de 16 bits, em `checkpoints/base/`; só se refaz, e se prova, se mudam ela ou o llama.cpp."""
+    """A base em GGUF de 16 bits, em `checkpoints/base/`; refaz-se, e se prova, se mudam ela ou o llama-cpp-python."""
     pasta = Path(cfg.DIR_SAIDA) / "checkpoints" / "base"
     de_que = repr([metadata.version("llama-cpp-python"), sorted(somas.items())])
     gguf = pasta / f"base-{hashlib.sha256(de_que.encode()).hexdigest()[:16]}.gguf"
@@ -2063,8 +2072,8 @@ def quantizar(f16: Path, destino: Path, tipo: str, ajustes: dict[str, Any], impo
     ajustado.close()
     if codigo:
         livres = shutil.disk_usage(destino.parent).free / 1e9
-        ou = f"ou {DISCO_CHEIO}; ou, se os {livres:.1f} GB livres bastam, este modelo não aceita o tipo: use outro"
-        raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16.name} em {tipo}: {ou}.")
+        ou = f"{DISCO_CHEIO}. Se os {livres:.1f} GB livres bastam, o modelo não aceita o tipo: use outro"
+        raise FalhaNaExecucao(f"o llama.cpp não conseguiu quantizar {f16.name} em {tipo}; em geral, {ou}.")
 
 
 def escrever_modelfile(servido: str, cfg: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -2091,23 +2100,22 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
     u, a, s = "user", "assistant", "system"
     sistema, depois_do_sistema, no_meio, na_ultima = None, "", None, False
+    recusas = (TemplateError, ValueError, TypeError)
     try:
         inicio, antes_da_resposta, entre, geracao = em_volta(u, a, u)
         da_segunda = [antes_da_resposta, entre, geracao]
         traduz = em_volta(u) == [inicio, geracao]
         traduz &= em_volta(u, a, u, a, u) == [inicio, antes_da_resposta, entre, *da_segunda]
-        with contextlib.suppress(
-            TemplateError, ValueError, TypeError
-        ):  # há templates sem mensagem de sistema, ou que a ignoram
+        with contextlib.suppress(*recusas):  # há templates sem mensagem de sistema, ou que a ignoram
             sistema, depois_do_sistema, depois = em_volta(s, u)
             longa = em_volta(s, u, a, u)
             # os do Mistral v0.3 e do Nemo põem-na no começo da última pergunta
             na_ultima = longa == [inicio, antes_da_resposta, entre, depois_do_sistema, geracao]
             traduz &= depois == geracao and (na_ultima or longa == [sistema, depois_do_sistema, *da_segunda])
-        with contextlib.suppress(TemplateError, ValueError, TypeError):  # trocada no meio da conversa
+        with contextlib.suppress(*recusas):  # trocada no meio da conversa
             _, _, no_meio, depois, _ = em_volta(u, a, s, u)
             no_meio = no_meio if depois == depois_do_sistema else None
-    except (TemplateError, ValueError, TypeError):
+    except recusas:
         traduz = False
     tudo = "".join([inicio, *da_segunda, sistema or "", depois_do_sistema, no_meio or ""]) if traduz else ""
     if not traduz or re.search('{{|"""|[«»]', tudo):
@@ -2345,9 +2353,8 @@ def comparar_logprobs(referencia: Any, obtida: Any, exemplo: dict[str, Any]) -> 
 
     resposta = [rotulo for rotulo in exemplo["labels"] if rotulo != IGNORADO]
     return {
-        "kl": max(
-            float((np.exp(referencia) * (referencia - obtida)).sum()), 0.0
-        ),  # nunca é menor: seria arredondamento
+        # nunca é menor que zero: seria arredondamento
+        "kl": max(float((np.exp(referencia) * (referencia - obtida)).sum()), 0.0),
         "ruido": float(((obtida - referencia).var(-1) / referencia.var(-1)).sum()),
         "top1": int((referencia.argmax(-1) == obtida.argmax(-1)).sum()),
         "nll": -float(obtida[np.arange(len(resposta)), resposta].sum()),
@@ -2713,7 +2720,8 @@ class Registro:
     def continuar(self, recomecar: bool) -> None:
         """Decide o que vale da execução anterior nesta pasta: a mesma continua, outra é recusada com o que mudou.
 
-        É a mesma se o que decide o treino (`o_que_decide`) é o mesmo. Com `recomecar`, apaga os checkpoints; o resto
+        É a mesma se o que decide o treino (`o_que_decide`) é o mesmo; sem checkpoint, nada se perde, e a outra começa.
+        Com `recomecar`, apaga os checkpoints; o resto
         fica até que o novo esteja pronto.
         """
         anterior: dict[str, Any] = {}
@@ -2742,7 +2750,8 @@ class Registro:
                 self.ultima_pronta = min(contar_prontas(self.saida, anterior), 7 if mudou else 9)
             feitas = {n: etapa for n, etapa in anterior["etapas"].items() if int(n) <= self.ultima_pronta}
             anterior.pop("erro", None)
-            self.campos = anterior | self.campos | {"inicio": anterior["inicio"], "etapas": feitas}
+            inicio = (self.campos if do_treino else anterior)["inicio"]
+            self.campos = anterior | self.campos | {"inicio": inicio, "etapas": feitas}
             if self.ultima_pronta or checkpoints(restos):
                 dito = f"; mudou {', '.join(mudou)}" if mudou else ""
                 log.info("      continuando a execução de %s%s", anterior["inicio"], dito)
@@ -2997,7 +3006,7 @@ SINAIS_DE_DISCO_CHEIO += r"|\b[Qq]uota\b|requested and \d+ written"
 SINAIS_DE_POUCA_MEMORIA = (
     r"OutOfMemory|out of memory|ALLOC_FAILED|enough memory|can't allocate|MemoryError|rror (code: <)?1455"
 )
-DISCO_CHEIO = "o disco encheu, ou não aceita arquivo deste tamanho: libere espaço e execute de novo, que continua"
+DISCO_CHEIO = "o disco encheu: libere espaço (ou, se é FAT32, mude DIR_SAIDA de disco) e execute de novo, que continua"
 
 
 class ErroDeUso(Exception):

@@ -345,4 +345,5 @@ def test_o_modelfile_vale_sem_mensagem_de_sistema_e_deixa_de_fora_o_que_nao_se_t
     outro.chat_template = (
         turno.replace("raise_exception('não')", "'x' + 1") + "{% if add_generation_prompt %}[{% endif %}"
     )
-    assert '"system"' not in "\n".join(ft.traduzir_template(outro))
+    (traducao,) = ft.traduzir_template(outro)
+    assert '"system"' not in traducao

@@ -308,6 +308,7 @@ def test_as_nove_etapas_valem_para_outras_familias_e_seus_templates(
     servido, da_base = modelo.metadata["tokenizer.chat_template"], (base / "chat_template.jinja").read_text("utf-8")
     assert servido == tokenizer.chat_template and "strftime_now" not in servido
     assert fixado in servido and (servido == da_base) == (fixado in da_base) == (not fixado)
+    assert not [nome for nome in load_file(saida / "adaptador_lora" / "adapter_model.safetensors") if "vision" in nome]
     # os embeddings destes modelos são também a saída, e no GGUF, como na base, vêm uma vez só; só o texto vai nele
     pesos = {n: peso for n, peso in load_file(base / "model.safetensors").items() if not re.search("vision|multi_", n)}
     assert llama_cpp.llama_model_n_params(modelo._model.model) == sum(peso.numel() for peso in pesos.values())

@@ -71,6 +71,23 @@ def test_calculo_em_fp32_da_o_mesmo_que_o_modelo_em_fp32_e_devolve_os_pesos_como
         assert peso.dtype == torch.float16 and torch.equal(peso, antes[nome]), nome
 
 
+def test_calculo_em_fp32_vale_tambem_na_camada_que_chama_outra_no_meio_do_calculo() -> None:
+    import torch
+
+    class Camada(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.peso, self.dentro = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float16)), torch.nn.SiLU()
+
+        def forward(self, entrada: torch.Tensor) -> torch.Tensor:
+            return self.dentro(entrada @ self.peso) @ self.peso
+
+    camada = Camada()
+    with ft.calculo_em_fp32(""):
+        assert camada(torch.ones(1, 4)).dtype == torch.float32
+    assert camada.peso.dtype == torch.float16
+
+
 def test_ativacao_que_o_fp16_nao_guarda_e_acusada_antes_de_converter(phi3: Path, exemplos: list[dict]) -> None:
     import torch
 
@@ -112,6 +129,10 @@ def test_a_importancia_e_a_media_do_quadrado_de_cada_coluna_da_entrada(phi3: Pat
     esperada = entrada.square().mean(0).numpy()
     assert importancia["model.layers.0.self_attn.qkv_proj"] == pytest.approx(esperada, rel=1e-4)
     assert len(importancia) == 2 * 4 + 1  # quatro camadas lineares por bloco, e a de saída
+    with torch.autocast("cpu", torch.bfloat16):  # como na etapa 8, onde há bf16
+        em_bf16 = ft.medir_importancia(carregar(phi3, "float16"), exemplos)
+    for nome, valores in importancia.items():
+        assert np.abs(em_bf16[nome] - valores).mean() < 0.02 * valores.mean(), nome
 
 
 def test_a_divergencia_e_zero_entre_iguais_e_a_de_livro_entre_diferentes() -> None:

@@ -221,6 +221,11 @@ def test_outra_execucao_na_mesma_pasta_e_recusada_com_o_que_mudou_e_recomecar_a_
     assert resultado(pronta) != intacta[1]
 
 
+def test_no_meio_do_treino_outra_execucao_tambem_e_recusada(parada_no_treino: Path, base: Path) -> None:
+    assert "LORA_R: era 16 e agora é 8" in Execucao(parada_no_treino, base, "--lora-r", "8").terminar(2)
+    assert ft.checkpoints(parada_no_treino / "checkpoints")
+
+
 def test_ao_recomecar_ainda_se_conversa_com_o_modelo_de_antes(pronta: Path) -> None:
     antes = json.loads((pronta / "execucao.json").read_text(encoding="utf-8"))["gguf"]
     ft.Registro(ft.ler_opcoes(["--dir-saida", str(pronta)])).continuar(recomecar=True)
