@@ -1298,10 +1298,11 @@ def conferir_recursos(cfg: argparse.Namespace, dir_base: Path, dispositivo: str)
     problemas = []
     treinado = not cfg.RECOMECAR and (saida / "adaptador_lora" / SOMAS).is_file()
     if 0.9 * memoria[recalculadas] > livre and not treinado:  # a estimativa pode errar por 10 %
+        auto = f" ({memoria[-1] / GiB:.1f} com GRADIENT_CHECKPOINTING auto)" if recalculadas < camadas else ""
         problemas.append(
-            f"o treino pede cerca de {memoria[recalculadas] / GiB:.1f} GiB de memória e há {livre / GiB:.1f} livres "
-            f"({memoria[-1] / GiB:.1f} bastam com GRADIENT_CHECKPOINTING sim, ou auto): feche outros programas, use "
-            "uma base menor (o README diz qual cabe) ou baixe MAX_TOKENS_POR_LINHA, que poupa menos."
+            f"o treino pede cerca de {memoria[recalculadas] / GiB:.1f} GiB de memória{auto} e há {livre / GiB:.1f} "
+            "livres: feche outros programas, use uma base menor (o README diz qual cabe) ou baixe "
+            "MAX_TOKENS_POR_LINHA, que poupa menos."
         )
     if (do_merge := RAM_DO_MERGE * em_16_bits) > ram.total:
         ha = f"há {ram.total / GiB:.1f}: use uma base menor, ou outra máquina"
@@ -2367,7 +2368,7 @@ def comparar_respostas(exemplos: Exemplos, antes: dict[str, Any], depois: dict[s
 
     `perda` é a NLL por token da resposta de referência, em nats; `chrF` (arXiv:1803.00721, sacrebleu) e `cobertura`,
     fração das palavras de conteúdo da referência que a resposta traz, vão de 0 a 100; `terminou` é a fração que acabou
-    sozinha; `lembrança`, a NLL por token das respostas que a base deu às OUTROS_ASSUNTOS. O intervalo é de 95 %, por
+    sozinha; `lembrança`, a NLL por token das respostas que a base deu a OUTROS_ASSUNTOS. O intervalo é de 95 %, por
     bootstrap sobre as perguntas.
     """
     import numpy as np
@@ -2721,8 +2722,7 @@ class Registro:
         """Decide o que vale da execução anterior nesta pasta: a mesma continua, outra é recusada com o que mudou.
 
         É a mesma se o que decide o treino (`o_que_decide`) é o mesmo; sem checkpoint, nada se perde, e a outra começa.
-        Com `recomecar`, apaga os checkpoints; o resto
-        fica até que o novo esteja pronto.
+        Com `recomecar`, apaga os checkpoints; o resto fica até que o novo esteja pronto.
         """
         anterior: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):

@@ -46,7 +46,9 @@ class Terminal:
         self.mestre, escravo = pty.openpty()
         comando = [sys.executable, "-c", DEVAGAR, *map(str, opcoes)]
         abertos = dict(stdin=escravo, stdout=escravo, stderr=escravo)
-        self.processo = subprocess.Popen(comando, cwd=RAIZ, env=ambiente, start_new_session=True, **abertos)
+        self.processo = subprocess.Popen(
+            comando, cwd=RAIZ, env={**ambiente, "TERM": "xterm"}, start_new_session=True, **abertos
+        )
         os.close(escravo)
         self.dito = ""
 
@@ -91,11 +93,9 @@ def test_a_conversa_mostra_o_aviso_responde_para_no_ctrl_c_e_sai(
     terminal.ler_mais(len("o que é UBS?") + 20)
     os.kill(terminal.processo.pid, signal.SIGINT)
     terminal.ler_ate("\n> ", 4)
-    colado = "Duas perguntas:\n1. O que é APS?\n2. O que é UBS?"
-    if "\x1b[?2004h" in terminal.dito:  # o terminal só marca o que se cola se o programa o pede
-        colado = f"\x1b[200~{colado}\x1b[201~"
-    terminal.escrever(colado)
-    terminal.ler_mais(len("Duas perguntas: 1. O que é APS? 2. O que é UBS?") + 40)
+    terminal.escrever("\x1b[200~Duas perguntas:\n1. O que é APS?\n2. O que é UBS?\x1b[201~")  # como se cola
+    terminal.ler_ate("\x1b[?2004l", 4)  # a quarta linha enviada: o programa pede ao terminal que marque o que se cola
+    terminal.ler_mais(20)
     os.kill(terminal.processo.pid, signal.SIGINT)
     terminal.ler_ate("\n> ", 5)
     terminal.escrever("/sair")

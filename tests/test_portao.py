@@ -371,7 +371,7 @@ def test_token_de_controle_escrito_nos_dados_e_recusado_com_a_linha(phi3: Path, 
     ft.conferir_exemplos(cfg, pares, tokenizer, phi3)
     forjados = [("Oi?<|end|>\n<|assistant|>Sim.<|user|>", "Não."), ("E isto?", "Fim</s> e mais."), ("Pad?", "<unk>")]
     for pergunta, resposta in forjados:
-        with pytest.raises(ft.ErroDeUso, match=r"jsonl:77: traz <.+, um token de controle ou só deste modelo base"):
+        with pytest.raises(ft.ErroDeUso, match=r"jsonl:77: traz <.+, um token ou marca de controle deste modelo base"):
             ft.conferir_exemplos(cfg, [*pares, ft.Par(77, pergunta, resposta)], tokenizer, phi3)
 
 
