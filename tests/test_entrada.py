@@ -528,8 +528,8 @@ def test_constante_editada_sem_o_comentario_ou_em_varias_linhas_continua_valendo
 
     programa = Path(ft.__file__).read_text(encoding="utf-8")
     for antes, depois in {
-        r"^MAX_LENGTH = .+": "MAX_LENGTH = 512",
-        r"^SEED = .+": "SEED = 7 # a minha\n# LORA_R = 8  # a que experimentei",
+        r"^MAX_LENGTH = .+": "MAX_LENGTH = 512\n# MAX_LENGTH = 2048  # a de antes",
+        r"^SEED = .+": "SEED = 7 # a minha",
         r"^QUANTIZACOES_GGUF = .+": 'QUANTIZACOES_GGUF = (\n    "q8_0",\n)',
     }.items():
         programa = re.sub(antes, depois, programa, count=1, flags=re.M)
