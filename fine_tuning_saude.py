@@ -467,13 +467,10 @@ def etapa_8_merge(
     import numpy as np
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     saida = Path(cfg.DIR_SAIDA)
     with andamento("carga, merge e prova"), pasta_inteira(saida / "checkpoints" / "prova") as provisoria:
-        # em fp16, que é o tipo do GGUF: o bf16, de três bits a menos, perderia na soma o que o treino mudou pouco
-        opcoes = dict(dtype=torch.float16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
-        base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
+        base = abrir_em_fp16(dir_base)
         com_adaptador, medidas = PeftModel.from_pretrained(base, saida / "adaptador_lora", torch_device="cpu"), []
         divergiu = "em geral, o treino divergiu; baixe LEARNING_RATE ou NUM_TRAIN_EPOCHS e execute com --recomecar"
         with calculo_em_fp32(divergiu), (provisoria / "logprobs.npy").open("wb") as arquivo:
@@ -506,12 +503,12 @@ def etapa_8_merge(
                 shutil.copyfile(arquivo, provisoria / arquivo.name)
         # quem o abre pelo config calcula em bf16: em fp16, que é o tipo dos pesos, não cabem as ativações do Gemma 3
         config = json.loads((provisoria / "config.json").read_bytes()) | {"dtype": "bfloat16"}
-        gravar_inteiro(provisoria / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        gravar_json(provisoria / "config.json", config)
         for arquivo in (provisoria / "tokenizer_config.json", *provisoria.glob("special_tokens_map.json")):
             config = json.loads(arquivo.read_bytes()) if arquivo.is_file() else {}
             config |= {"pad_token": tokenizer.pad_token, "padding_side": "right"}
             config.pop("chat_template", None)  # vai no arquivo dele, já fixado
-            gravar_inteiro(arquivo, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+            gravar_json(arquivo, config)
         gravar_inteiro(provisoria / "chat_template.jinja", tokenizer.chat_template)
 
 
@@ -700,7 +697,7 @@ def conferir_instalacao() -> None:
 
 
 def conferir_constantes(cfg: argparse.Namespace) -> None:
-    """Confere o que custa pouco: tipos do GGUF, pasta do llama.cpp, e se DIR_SAIDA se deixa escrever."""
+    """Confere o que custa pouco: tipos do GGUF, REPORT_TO, llama.cpp, e se em DIR_SAIDA se escreve sem perder nada."""
     from gguf import LlamaFileType
 
     # os tipos "moe" só quantizam misturas de especialistas, e o nvfp4 não se faz de outro GGUF
@@ -1897,6 +1894,15 @@ MAIOR_FP16 = 65504
 PROVAS_EXATAS = 4  # o merge e a conversão são exatos ou não são: bastam poucos exemplos
 
 
+def abrir_em_fp16(dir_base: Path) -> PreTrainedModel:
+    """A base na RAM, no tipo do GGUF: o bf16, de três bits a menos, perderia na soma o que o treino mudou pouco."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    opcoes = dict(dtype=torch.float16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
+    return AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
+
+
 @contextlib.contextmanager
 def calculo_em_fp32(se_passa: str) -> Iterator[None]:
     """Faz cada camada de 16 bits que se chame calcular em fp32, com uma cópia que só existe enquanto ela calcula.
@@ -1985,12 +1991,9 @@ def garantir_gguf_da_base(
 def provar_base(cfg: argparse.Namespace, dir_base: Path, gguf: Path, exemplo: dict[str, Any]) -> None:
     """Exige do GGUF da base, no llama.cpp, as log-probabilidades que ela dá a um exemplo, antes de treinar."""
     import numpy as np
-    import torch
-    from transformers import AutoModelForCausalLM
 
     with andamento("a base no PyTorch, para comparar com o llama.cpp"):
-        opcoes = dict(dtype=torch.float16, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True)
-        base = AutoModelForCausalLM.from_pretrained(dir_base, **opcoes)
+        base = abrir_em_fp16(dir_base)
         with calculo_em_fp32("escolha outro modelo base"):
             np.save(da_base := gguf.with_suffix(".npy"), next(logprobs(base, [exemplo])))
         del base  # antes que o llama.cpp abra outro tanto
@@ -2135,8 +2138,8 @@ def traduzir_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if sistema is not None and not na_ultima:
         outra = "" if no_meio is None else f"«else»{no_meio}«.Content»«$s = true»"
         falas[s] = f"«if $p»{sistema}«.Content»«$s = true»{outra}«end»"
-    ramos = "".join(f'«else if eq .Role "{papel}"»{fala}' for papel, fala in falas.items())
-    corpo = f"«$p := true»«$s := false»«range $i, $_ := .Messages»{ramos.replace('else ', '', 1)}«end»«end»"
+    ramos = "«else ".join(f'if eq .Role "{papel}"»{fala}' for papel, fala in falas.items())
+    corpo = f"«$p := true»«$s := false»«range $i, $_ := .Messages»«{ramos}«end»«end»"
     return ['TEMPLATE """' + corpo.replace("«", "{{ ").replace("»", " }}") + '"""']
 
 
@@ -2811,9 +2814,9 @@ def contar_prontas(saida: Path, campos: dict[str, Any]) -> int:
         return 0
     if "8" not in campos["etapas"] or not esta_inteira(saida / "modelo_final"):
         return 7
-    escritos = all((saida / nome).is_file() for nome in ("Modelfile", "README.md", "perda.png"))
-    certos = escritos and all(arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs)
-    if "9" in campos["etapas"] and certos:
+    escritos = (saida / nome for nome in ("Modelfile", "README.md", "perda.png"))
+    certos = (arquivo.is_file() and sha256(arquivo) == soma for arquivo, soma in ggufs)  # lê GB: só se o resto está ali
+    if "9" in campos["etapas"] and all(escrito.is_file() for escrito in escritos) and all(certos):
         return 9
     return 8 if esta_inteira(saida / "checkpoints" / "prova") else 7
 
@@ -2856,7 +2859,7 @@ def gravar_adaptador(cfg: argparse.Namespace, checkpoint: Path) -> None:
         shutil.copyfile(checkpoint / "adapter_model.safetensors", provisoria / "adapter_model.safetensors")
         config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = nome_da_base(cfg)
-        gravar_inteiro(provisoria / "adapter_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        gravar_json(provisoria / "adapter_config.json", config)
 
 
 # ---------------------------------------------------------------- arquivos inteiros
@@ -2927,6 +2930,11 @@ def gravar_inteiro(arquivo: Path, texto: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     insistir(os.replace, provisorio, arquivo)
+
+
+def gravar_json(arquivo: Path, objeto: Any) -> None:
+    """`gravar_inteiro` de `objeto` em JSON, que se possa ler."""
+    gravar_inteiro(arquivo, json.dumps(objeto, ensure_ascii=False, indent=2) + "\n")
 
 
 def insistir(fazer: Any, *args: Any) -> Any:
